@@ -1,0 +1,248 @@
+"""The language of checkpoint operations: a Plan says what every output tensor is made of, and nothing about how.
+
+    Plan    = Outputs + changes to config.json
+    Output  = Parts laid end to end along one axis
+    Part    = a sum of Terms (none: zeros), `grown` where it holds new units
+    Term    = scale x share of some units, picked along the same axis, of a tensor of a source
+    Share   = the index-th of `count` shares that add up to the weight exactly (METHOD.md 2)
+
+A Plan is a frozen value: it holds names, never a path, a handle or a tensor. `source` strings are bound to
+checkpoints when it is executed. It can be printed, compared, stored, proved (proof.py) and executed (execute.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ckptgrow.errors import PlanError
+from ckptgrow.tensors import TensorInfo
+
+Units = range | tuple[int, ...]
+Rule = Literal["even", "random"]
+Sources = Mapping[str, Mapping[str, TensorInfo]]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The `index`-th of `count` shares of each weight; of the share `of` of it, where that is given."""
+
+    index: int
+    count: int
+    rule: Rule = "even"
+    seed: int = 0
+    of: Share | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count or self.count < 2:
+            raise PlanError(f"share {self.index} of {self.count} does not exist")
+
+    @property
+    def siblings(self) -> tuple[Share, ...]:
+        """All shares that together make up what this one is a share of, itself included."""
+        return tuple(replace(self, index=i) for i in range(self.count))
+
+    def __str__(self) -> str:
+        of = f" of {self.of}" if self.of else ""
+        return f"{self.rule} {self.index + 1}/{self.count}{of}"
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """scale x share of the picked `units` of tensor `name` in checkpoint `source`."""
+
+    source: str
+    name: str
+    units: Units
+    scale: float = 1.0
+    share: Share | None = None
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether the term is the source's own bytes, whatever they mean."""
+        return self.scale == 1.0 and self.share is None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`size` consecutive places along the axis: the sum of `terms`, or zeros where there are none."""
+
+    size: int
+    terms: tuple[Term, ...] = ()
+    grown: bool = False
+
+    @property
+    def bytes_of(self) -> Term | None:
+        """The one term whose bytes this part is, if it is a plain copy."""
+        return self.terms[0] if len(self.terms) == 1 and self.terms[0].is_bytes else None
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What an output is to its MLP: the block's name, its layer, its role, and how many lanes of units it holds.
+
+    A lane is a stretch of the axis that holds each unit once; a fused gate_up has two, the halves.
+    """
+
+    block: str
+    layer: int
+    role: str
+    lanes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor of the result. An output without `member` does not belong to a block that is operated on."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int
+    parts: tuple[Part, ...]
+    member: Member | None = None
+
+    @property
+    def extent(self) -> int:
+        """The length along the axis."""
+        return self.shape[self.axis] if self.shape else 1
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.name, self.dtype, self.shape)
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """(outer, inner): how many slices lie before the axis, and how many elements one place along it has."""
+        return math.prod(self.shape[: self.axis]), math.prod(self.shape[self.axis + 1 :])
+
+    def placed(self) -> Iterator[tuple[int, Part]]:
+        """Each part with the place where it begins."""
+        start = 0
+        for part in self.parts:
+            yield start, part
+            start += part.size
+
+    def grown(self) -> tuple[tuple[int, int], ...]:
+        """The [start, stop) ranges of new places, neighbours joined."""
+        spans: list[tuple[int, int]] = []
+        for start, part in self.placed():
+            if not part.grown or not part.size:
+                continue
+            if spans and spans[-1][1] == start:
+                spans[-1] = (spans[-1][0], start + part.size)
+            else:
+                spans.append((start, start + part.size))
+        return tuple(spans)
+
+    def is_copy_of(self, source: TensorInfo) -> bool:
+        """Whether this output is that tensor unchanged: same name, dtype, shape and bytes."""
+        if (self.name, self.dtype, self.shape) != (source.name, source.dtype, source.shape) or len(self.parts) != 1:
+            return False
+        term = self.parts[0].bytes_of
+        return term is not None and term.name == source.name and term.units == range(self.extent)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A change to config.json: the value that the key at `path` (dotted where nested) takes."""
+
+    path: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What every tensor of the result is made of, and what changes in config.json."""
+
+    outputs: tuple[Output, ...]
+    config: tuple[Edit, ...] = ()
+
+    def check(self, sources: Sources) -> None:
+        """Raise PlanError where an output does not fit its own shape or the tensors it is made of."""
+        names = [output.name for output in self.outputs]
+        if len(set(names)) != len(names):
+            raise PlanError("two outputs have the same name")
+        for output in self.outputs:
+            try:
+                _check_output(output, sources)
+            except PlanError as error:
+                raise error.at(tensor=output.name) from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole Plan as JSON values; units are [start, stop] ranges or lists of picked units."""
+        return {
+            "outputs": [_output_json(output) for output in self.outputs],
+            "config": {edit.path: edit.value for edit in self.config},
+        }
+
+
+def unchanged(info: TensorInfo, source: str = "base") -> Output:
+    """The output that is this tensor of `source`, byte for byte."""
+    extent = info.shape[0] if info.shape else 1
+    return Output(info.name, info.dtype, info.shape, 0, (Part(extent, (Term(source, info.name, range(extent)),)),))
+
+
+def _check_output(output: Output, sources: Sources) -> None:
+    if output.shape and not 0 <= output.axis < len(output.shape):
+        raise PlanError(f"axis {output.axis} of shape {list(output.shape)}")
+    if sum(part.size for part in output.parts) != output.extent:
+        raise PlanError(f"the parts do not fill the axis of {output.extent}")
+    for part in output.parts:
+        for term in part.terms:
+            _check_term(output, part, term, sources)
+
+
+def _check_term(output: Output, part: Part, term: Term, sources: Sources) -> None:
+    info = sources.get(term.source, {}).get(term.name)
+    if info is None:
+        raise PlanError(f"{term.source!r} has no tensor {term.name}")
+    others = info.shape[: output.axis] + info.shape[output.axis + 1 :]
+    if len(info.shape) != len(output.shape) or others != output.shape[: output.axis] + output.shape[output.axis + 1 :]:
+        raise PlanError(f"{term.name} {list(info.shape)} does not fit {list(output.shape)} along axis {output.axis}")
+    extent = info.shape[output.axis] if info.shape else 1
+    if len(term.units) != part.size:
+        raise PlanError(f"{len(term.units)} units picked for a part of {part.size}")
+    if part.size and not (0 <= min(term.units) and max(term.units) < extent):
+        raise PlanError(f"units picked outside the {extent} of {term.name}")
+    if isinstance(term.units, range) and term.units.step != 1:
+        raise PlanError("a range of units must be contiguous")
+    if term.is_bytes and len(part.terms) == 1 and info.dtype != output.dtype:
+        raise PlanError(f"bytes of {info.dtype} are not {output.dtype}")
+
+
+def _output_json(output: Output) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "name": output.name,
+        "dtype": output.dtype,
+        "shape": list(output.shape),
+        "axis": output.axis,
+        "parts": [_part_json(part) for part in output.parts],
+    }
+    if output.member:
+        described |= {"block": output.member.block, "layer": output.member.layer, "role": output.member.role}
+    return described
+
+
+def _part_json(part: Part) -> dict[str, Any]:
+    return {"size": part.size, "grown": part.grown, "terms": [_term_json(term) for term in part.terms]}
+
+
+def _term_json(term: Term) -> dict[str, Any]:
+    units: Any = [term.units.start, term.units.stop] if isinstance(term.units, range) else {"picked": [*term.units]}
+    described: dict[str, Any] = {"source": term.source, "name": term.name, "units": units}
+    if term.scale != 1.0:
+        described["scale"] = term.scale
+    if term.share:
+        described["share"] = _share_json(term.share)
+    return described
+
+
+def _share_json(share: Share) -> dict[str, Any]:
+    described: dict[str, Any] = {"index": share.index, "count": share.count, "rule": share.rule}
+    if share.rule == "random":
+        described["seed"] = share.seed
+    if share.of:
+        described["of"] = _share_json(share.of)
+    return described
