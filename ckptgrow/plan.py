@@ -13,7 +13,7 @@ checkpoints when it is executed. It can be printed, compared, stored, proved (pr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -75,21 +75,26 @@ class Part:
 
     @property
     def bytes_of(self) -> Term | None:
-        """The one term whose bytes this part is, if it is a plain copy."""
+        """The one term whose bytes this part is, if it is a plain copy (where the dtypes agree)."""
         return self.terms[0] if len(self.terms) == 1 and self.terms[0].is_bytes else None
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """What an output is to its MLP: the block's name, its layer, its role, and how many lanes of units it holds.
+    """What an output is to its MLP: the block's name, its layer, and the projection each of its lanes belongs to.
 
-    A lane is a stretch of the axis that holds each unit once; a fused gate_up has two, the halves.
+    A lane is a stretch of the axis that holds each unit once: ("gate",), ("down",), or the halves of a fused
+    gate_up, ("gate", "up"). All lanes of a tensor are equally long.
     """
 
     block: str
     layer: int
-    role: str
-    lanes: int = 1
+    lanes: tuple[str, ...]
+    bias: bool = False
+
+    @property
+    def role(self) -> str:
+        return "_".join(self.lanes) + ("_bias" if self.bias else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +131,13 @@ class Output:
 
     def grown(self) -> tuple[tuple[int, int], ...]:
         """The [start, stop) ranges of new places, neighbours joined."""
-        spans: list[tuple[int, int]] = []
-        for start, part in self.placed():
-            if not part.grown or not part.size:
-                continue
-            if spans and spans[-1][1] == start:
-                spans[-1] = (spans[-1][0], start + part.size)
-            else:
-                spans.append((start, start + part.size))
-        return tuple(spans)
+        return joined((start, start + part.size) for start, part in self.placed() if part.grown)
+
+    def lanes(self) -> Iterator[tuple[str, int, int]]:
+        """Each lane's projection and the [start, stop) of the axis that it takes."""
+        names = self.member.lanes if self.member else ()
+        for i, name in enumerate(names):
+            yield name, i * self.extent // len(names), (i + 1) * self.extent // len(names)
 
     def is_copy_of(self, source: TensorInfo) -> bool:
         """Whether this output is that tensor unchanged: same name, dtype, shape and bytes."""
@@ -178,6 +181,17 @@ class Plan:
         }
 
 
+def joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Ascending [start, stop) ranges without the empty ones, neighbours joined."""
+    result: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if result and result[-1][1] == start:
+            result[-1] = (result[-1][0], stop)
+        elif start < stop:
+            result.append((start, stop))
+    return tuple(result)
+
+
 def unchanged(info: TensorInfo, source: str = "base") -> Output:
     """The output that is this tensor of `source`, byte for byte."""
     extent = info.shape[0] if info.shape else 1
@@ -204,12 +218,11 @@ def _check_term(output: Output, part: Part, term: Term, sources: Sources) -> Non
     extent = info.shape[output.axis] if info.shape else 1
     if len(term.units) != part.size:
         raise PlanError(f"{len(term.units)} units picked for a part of {part.size}")
-    if part.size and not (0 <= min(term.units) and max(term.units) < extent):
-        raise PlanError(f"units picked outside the {extent} of {term.name}")
     if isinstance(term.units, range) and term.units.step != 1:
         raise PlanError("a range of units must be contiguous")
-    if term.is_bytes and len(part.terms) == 1 and info.dtype != output.dtype:
-        raise PlanError(f"bytes of {info.dtype} are not {output.dtype}")
+    ends = (term.units[0], term.units[-1]) if isinstance(term.units, range) and part.size else term.units
+    if any(not 0 <= unit < extent for unit in ends):
+        raise PlanError(f"units picked outside the {extent} of {term.name}")
 
 
 def _output_json(output: Output) -> dict[str, Any]:

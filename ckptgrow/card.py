@@ -1,0 +1,109 @@
+"""README.md of a grown checkpoint: a Hub model card that says what was done and how to train the result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckptgrow.manifest import Manifest
+from ckptgrow.policy import POLICIES
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LICENCE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+
+
+def licence(readme: Path) -> tuple[str, ...]:
+    """The licence lines of a model card's front matter, as they stand there."""
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ()
+    front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    return tuple(f"{key}: {value}" for key, value in _LICENCE.findall(front[1])) if front else ()
+
+
+def card(manifest: Manifest, licence_lines: tuple[str, ...]) -> str:
+    """The whole text; depends on nothing but the manifest and the base's licence."""
+    return "\n".join([*_front(manifest, licence_lines), "", *_done(manifest), "", *_train(manifest), ""])
+
+
+def _front(manifest: Manifest, licence_lines: tuple[str, ...]) -> Iterator[str]:
+    yield "---"
+    if manifest.base.revision is not None and _HUB_ID.fullmatch(manifest.base.id):
+        yield f"base_model: {manifest.base.id}"
+        yield "base_model_relation: finetune"
+    yield "library_name: transformers"
+    yield from licence_lines
+    yield from ("tags:", "- ckptgrow", "- grown", f"- {manifest.policy}", "---")
+
+
+def _done(manifest: Manifest) -> Iterator[str]:
+    first, counts, base = manifest.blocks[0], manifest.counts, manifest.base
+    revision = f" (revision `{base.revision}`)" if base.revision else ""
+    yield f"# {base.id}, grown"
+    yield ""
+    yield (
+        f"This is `{base.id}`{revision} with the MLPs of its {len(manifest.blocks)} layers widened from"
+        f" {first.old_width:,} to {first.new_width:,} units by [ckptgrow](https://pypi.org/project/ckptgrow/)"
+        f" {manifest.tool['version']}. Units of the gate and up projections were copied, and each column of the down"
+        " projection was shared out among the copies of its unit, so it is the same function: the shares add up to the"
+        " base's weights exactly. Nothing has been trained yet."
+    )
+    yield ""
+    yield f"- parameters: {counts.base:,} before, {counts.trainable + counts.frozen:,} now"
+    yield (
+        f"- freeze policy `{manifest.policy}`: {POLICIES[manifest.policy].about}."
+        f" {counts.trainable:,} parameters train, {counts.trainable_share_of_base:.1%} of the base"
+    )
+    yield f"- shares: {' and '.join(manifest.shares['used'])}"
+    yield "- method: Grow, Don't Overwrite ([arXiv 2603.08647](https://arxiv.org/abs/2603.08647))"
+
+
+def _train(manifest: Manifest) -> Iterator[str]:
+    yield "## Train it"
+    yield ""
+    yield (
+        "Load it with transformers as usual. Only the elements in the boxes of `ckptgrow.json` should train: one"
+        " half-open `[start, stop)` pair per dimension, by tensor name; everything else is frozen. In plain PyTorch:"
+    )
+    yield ""
+    yield "```python"
+    yield from SNIPPET.strip().splitlines()
+    yield "```"
+    yield ""
+    yield (
+        "Keep the weight decay at 0 and start with a fresh optimizer: decay and old momentum move weights whose"
+        " gradient is zero."
+    )
+
+
+# Run by a test on a real grown checkpoint. `folder` is this one.
+SNIPPET = """
+import json
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(folder)
+manifest = json.load(open(f"{folder}/ckptgrow.json"))
+boxes = {
+    manifest["in_memory_names"].get(tensor["name"], tensor["name"]): tensor["boxes"]
+    for tensor in manifest["trainable"]
+}
+
+def keep_only(boxes):
+    def hook(gradient):
+        kept = torch.zeros_like(gradient)
+        for box in boxes:
+            place = tuple(slice(start, stop) for start, stop in box)
+            kept[place] = gradient[place]
+        return kept
+    return hook
+
+for name, parameter in model.named_parameters():
+    parameter.requires_grad_(name in boxes)
+    if name in boxes:
+        parameter.register_hook(keep_only(boxes[name]))
+trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
+"""

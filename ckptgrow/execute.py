@@ -1,0 +1,279 @@
+"""The executor: streams the bytes of any Plan into the files of its Layout, in bounded memory.
+
+A part that is a source's bytes is copied inside the kernel where its bytes are contiguous. Everything else goes in
+blocks of a few MiB: whole slices along the axis where they are small, stretches of one slice where they are large.
+Sources are mapped, so anonymous memory holds a few blocks for each thread (one a shard) and nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptgrow.checkpoint import Bits, Checkpoint
+from ckptgrow.errors import CkptgrowError, FormatError
+from ckptgrow.layout import Layout, Shard
+from ckptgrow.numeric import Floats, betas, census, decode, encode, share_of
+from ckptgrow.plan import Output, Part, Term
+from ckptgrow.staging import Staging
+from ckptgrow.tensors import DTYPE_BITS
+
+BLOCK_BYTES = 1 << 20
+COPY_BYTES = 64 << 20
+Progress = Callable[[int], None]  # called with the number of bytes just written, from any thread
+Sources = Mapping[str, Checkpoint]
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+# Other file system, old kernel, special file, sandbox: copy through memory instead.
+_NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Slices `rows` along the dimensions before the axis, places [start, stop) along it: contiguous in the output."""
+
+    rows: range
+    start: int
+    stop: int
+
+
+def write_shards(layout: Layout, sources: Sources, staging: Staging, progress: Progress) -> int:
+    """Write every shard that `staging` does not have yet; return the number of shared weights whose half is inexact.
+
+    Raises CkptgrowError for weights that cannot be shared out (not finite) and OSError where the disk fails.
+    """
+    turn, stop = threading.Lock(), threading.Event()
+
+    def write(shard: Shard) -> None:
+        facts = {"inexact_halves": _write_shard(staging.folder, shard, sources, _checked(progress, stop))}
+        with turn:
+            staging.record(shard.file, facts)
+
+    for shard in layout.shards:
+        progress(shard.nbytes if shard.file in staging.finished else 0)
+    waiting = [shard for shard in layout.shards if shard.file not in staging.finished]
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        try:
+            tasks = [pool.submit(write, shard) for shard in waiting]
+            wait(tasks, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+    for task in tasks:
+        if not task.cancelled() and not isinstance(task.exception(), _StoppedError):
+            task.result()
+    return sum(facts["inexact_halves"] for facts in staging.finished.values())
+
+
+class _StoppedError(Exception):
+    """Another shard failed, or the user interrupted."""
+
+
+def _checked(progress: Progress, stop: threading.Event) -> Progress:
+    def step(nbytes: int) -> None:
+        if stop.is_set():
+            raise _StoppedError
+        progress(nbytes)
+
+    return step
+
+
+def _write_shard(folder: Path, shard: Shard, sources: Sources, progress: Progress) -> int:
+    """One file: under a temporary name, flushed to disk, renamed."""
+    temporary = folder / (shard.file + ".tmp")
+    inexact = 0
+    with temporary.open("wb", buffering=0) as target:
+        target.truncate(shard.nbytes)
+        head = shard.header.to_bytes()
+        if shard.whole:
+            head = _head_of(shard, sources)
+        _write_all(target, head)
+        progress(len(head))
+        for output in shard.outputs:
+            try:
+                inexact += write_output(target, output, sources, progress)
+            except CkptgrowError as error:
+                raise error.at(file=shard.file, tensor=output.name) from None
+        target.truncate(target.tell())
+        os.fsync(target.fileno())
+    temporary.rename(folder / shard.file)
+    return inexact
+
+
+def _head_of(shard: Shard, sources: Sources) -> bytes:
+    """The source file's own header bytes: a shard in which nothing changes is copied as it is."""
+    term = shard.outputs[0].parts[0].terms[0]
+    path, offset, _ = sources[term.source].span(term.name)
+    info = sources[term.source].infos[term.name]
+    with path.open("rb") as file:
+        return file.read(offset - info.start)
+
+
+def write_output(target: BinaryIO, output: Output, sources: Sources, progress: Progress) -> int:
+    """Stream one tensor; return the number of shared weights whose half is not exact in the dtype."""
+    runs = list(contiguous(output, sources))
+    if runs:
+        for path, offset, nbytes in runs:
+            copy_bytes(path, offset, nbytes, target, progress)
+        return 0
+    inexact = 0
+    for block in blocks(output):
+        data, odd = _filled(output, block, sources)
+        _write_all(target, data.data)
+        progress(data.nbytes)
+        inexact += odd
+    return inexact
+
+
+def contiguous(output: Output, sources: Sources) -> Iterator[tuple[Path, int, int]]:
+    """The byte ranges (file, offset, length) that laid end to end are the output; none where it is not that simple."""
+    outer, inner = output.steps
+    terms = [part.bytes_of for part in output.parts]
+    ranges = [(term, term.units) for term in terms if term is not None and isinstance(term.units, range)]
+    if len(ranges) != len(terms) or (outer > 1 and len(terms) > 1):
+        return
+    for term, _ in ranges:
+        info = sources[term.source].infos[term.name]
+        if info.dtype != output.dtype or (outer > 1 and info.shape != output.shape):
+            return
+    place = inner * DTYPE_BITS[output.dtype] * outer  # bits a place along the axis takes, over all slices
+    for term, units in ranges:
+        path, offset, _ = sources[term.source].span(term.name)
+        yield path, offset + units.start * place // 8, len(units) * place // 8
+
+
+def blocks(output: Output, limit: int = BLOCK_BYTES) -> Iterator[Block]:
+    """The output cut into blocks of at most `limit` bytes (or one place along the axis), in file order."""
+    outer, inner = output.steps
+    place = max(1, inner * DTYPE_BITS[output.dtype] // 8)
+    rows, places = limit // max(1, place * output.extent), max(1, limit // place)
+    if rows:
+        for row in range(0, outer, rows):
+            yield Block(range(row, min(row + rows, outer)), 0, output.extent)
+        return
+    for row in range(outer):
+        for start in range(0, output.extent, places):
+            yield Block(range(row, row + 1), start, min(start + places, output.extent))
+
+
+def _filled(output: Output, block: Block, sources: Sources) -> tuple[Bits, int]:
+    """The bits of one block, and how many of its shared weights have an inexact half."""
+    _, inner = output.steps
+    data = np.empty((len(block.rows), block.stop - block.start, inner), f"<u{DTYPE_BITS[output.dtype] // 8}")
+    inexact = 0
+    for start, part in output.placed():
+        low, high = max(start, block.start), min(start + part.size, block.stop)
+        if low < high:
+            place = slice(low - block.start, high - block.start)
+            data[:, place], odd = _summed(output, part, block.rows, slice(low - start, high - start), sources)
+            inexact += odd
+    return data, inexact
+
+
+def _summed(output: Output, part: Part, rows: range, picked: slice, sources: Sources) -> tuple[Bits | int, int]:
+    """One part, or some of its places: zeros, bytes, one share, or a sum made in float64 and rounded once."""
+    inexact, total = 0, None
+    for term in part.terms:
+        piece = _Piece(term, rows, picked, output.axis, sources[term.source])
+        bits, dtype = piece.bits(), piece.dtype
+        if term.share:
+            odd = piece.check(bits)
+            inexact += 0 if part.grown else odd
+            bits = share_of(bits, dtype, term.share, piece.draw)
+        if len(part.terms) == 1 and term.scale == 1.0 and dtype == output.dtype:
+            return bits, inexact
+        values: Floats = decode(bits, dtype) * term.scale
+        total = values if total is None else total + values
+    return (0 if total is None else encode(total, output.dtype)), inexact
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some units of some slices of one tensor, seen as [slices, units, inner]."""
+
+    term: Term
+    rows: range
+    picked: slice
+    axis: int
+    source: Checkpoint
+
+    @property
+    def dtype(self) -> str:
+        return self.source.infos[self.term.name].dtype
+
+    def _pick(self, whole: NDArray[_Scalar]) -> NDArray[_Scalar]:
+        units = self.term.units[self.picked]
+        return whole[:, units.start : units.stop] if isinstance(units, range) else whole[:, list(units)]
+
+    def _shape(self) -> tuple[int, int, int]:
+        shape = self.source.infos[self.term.name].shape or (1,)
+        return (
+            int(np.prod(shape[: self.axis], dtype=np.int64)),
+            shape[self.axis],
+            int(np.prod(shape[self.axis + 1 :], dtype=np.int64)),
+        )
+
+    def bits(self) -> Bits:
+        whole = self.source.bits(self.term.name).reshape(self._shape())
+        return self._pick(whole[self.rows.start : self.rows.stop])
+
+    def check(self, bits: Bits) -> int:
+        """The number of weights with an inexact half. Raises FormatError for weights that are not finite."""
+        broken, odd = census(bits, self.dtype)
+        if broken:
+            raise FormatError(f"{broken} of its weights are infinite or NaN and cannot be shared out")
+        return odd
+
+    def draw(self, key: str) -> Floats:
+        """The β of these weights, by their places in the source tensor."""
+        _, units, inner = self._shape()
+        key = f"{self.term.name}/{key}"
+        picked = self.term.units[self.picked]
+        if len(self.rows) == 1 and isinstance(picked, range):
+            first = (self.rows.start * units + picked.start) * inner
+            return betas(key, first, len(picked) * inner).reshape(1, len(picked), inner)
+        whole = betas(key, self.rows.start * units * inner, len(self.rows) * units * inner)
+        return self._pick(whole.reshape(len(self.rows), units, inner))
+
+
+def copy_bytes(path: Path, offset: int, nbytes: int, target: BinaryIO, progress: Progress) -> None:
+    """Append a range of a file to the target, inside the kernel where the system can."""
+    with path.open("rb", buffering=0) as source:
+        while nbytes:
+            done = _kernel_copy(source, offset, min(nbytes, COPY_BYTES), target)
+            if not done:
+                source.seek(offset)
+                data = source.read(min(nbytes, BLOCK_BYTES))
+                if not data:
+                    raise FormatError("the file became shorter while it was read", file=str(path))
+                _write_all(target, data)
+                done = len(data)
+            offset, nbytes = offset + done, nbytes - done
+            progress(done)
+
+
+def _kernel_copy(source: BinaryIO, offset: int, nbytes: int, target: BinaryIO) -> int:
+    """Bytes copied by copy_file_range to the target's position; 0 where it is not to be had for these files."""
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    try:
+        return os.copy_file_range(source.fileno(), target.fileno(), nbytes, offset)
+    except OSError as error:
+        if error.errno in _NO_KERNEL_COPY:
+            return 0
+        raise
+
+
+def _write_all(target: BinaryIO, data: bytes | memoryview) -> None:
+    """An unbuffered write may take less than it is given."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[target.write(view) :]

@@ -1,0 +1,236 @@
+"""ckptgrow.json: what was done to a checkpoint, to which base, and which elements train.
+
+The schema is manifest.schema.json beside this file. A trainable tensor is named as on disk, with explicit boxes: one
+half-open, zero-based [start, stop) pair per dimension. Every tensor, and every element, that is not named is frozen.
+Growing a grown checkpoint again keeps its manifest in `history`, oldest first. Nothing in it depends on time or place,
+so equal inputs and options give an equal file; config.json carries its digest under the key `ckptgrow`, the one thing
+that survives a trainer's save_pretrained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptgrow.checkpoint import MANIFEST, Checkpoint
+from ckptgrow.errors import FormatError
+from ckptgrow.families import Architecture, Mlp, in_memory_name, ties
+from ckptgrow.plan import Output, Plan
+from ckptgrow.policy import Box, boxes, rule_for
+from ckptgrow.proof import picks
+from ckptgrow.surgery import Growth
+
+SCHEMA = 1
+CONFIG_KEY = "ckptgrow"
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The checkpoint that was grown: its Hub id (or folder name), revision, config text, and shards."""
+
+    id: str
+    revision: str | None
+    config: str
+    shards: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class GrownBlock:
+    """One MLP: its width before and after, and which base unit each new unit copies, as ranges of equal length."""
+
+    block: str
+    layer: int
+    old_width: int
+    new_width: int
+    copies: tuple[Mapping[str, tuple[int, int]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """One tensor of which some elements train: the boxes, each a [start, stop) pair per dimension."""
+
+    name: str
+    role: str
+    layer: int
+    shape: tuple[int, ...]
+    dtype: str
+    boxes: tuple[Box, ...]
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(stop - start for start, stop in box) for box in self.boxes)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Elements of the grown checkpoint, and of the base; the share is of the base's parameters."""
+
+    trainable: int
+    frozen: int
+    base: int
+    trainable_share_of_base: float
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole of ckptgrow.json."""
+
+    schema: int
+    tool: Mapping[str, str]
+    operation: str
+    base: Base
+    family: str
+    policy: str
+    shares: Mapping[str, Any]
+    blocks: tuple[GrownBlock, ...]
+    trainable: tuple[Trainable, ...]
+    counts: Counts
+    inexact_halves: int
+    ties: Mapping[str, str]
+    in_memory_names: Mapping[str, str]
+    history: tuple[Mapping[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """The file: two levels indented, each block and each trainable tensor on a line of its own."""
+        lines = [f"  {json.dumps(key)}: {_spread(value)}" for key, value in self.to_json().items()]
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @property
+    def digest(self) -> str:
+        return "sha256:" + hashlib.sha256(self.text().encode()).hexdigest()
+
+    def config_entry(self, width_path: str) -> dict[str, Any]:
+        """What config.json gets under `ckptgrow`."""
+        return {"manifest": self.digest, "base_width": {width_path: self.blocks[0].old_width}}
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """Which elements of a Plan's result train, known before anything is written."""
+
+    blocks: tuple[GrownBlock, ...]
+    trainable: tuple[Trainable, ...]
+    counts: Counts
+
+
+def read_mask(plan: Plan, base: Checkpoint, architecture: Architecture, growth: Growth) -> Grown:
+    """The freeze mask and its counts: a reading of the Plan with the policy."""
+    members = {output.name: output for output in plan.outputs if output.member}
+    blocks = tuple(_block(members, mlp, base) for mlp in architecture.mlps)
+    trainable = tuple(_trainable(members.values(), growth))
+    count, total = sum(tensor.elements for tensor in trainable), sum(output.info.elements for output in plan.outputs)
+    counts = Counts(count, total - count, base.parameters, round(count / base.parameters, 6))
+    return Grown(blocks, trainable, counts)
+
+
+def describe(
+    base: Checkpoint,
+    identity: Base,
+    architecture: Architecture,
+    growth: Growth,
+    grown: Grown,
+    inexact: int,
+    version: str,
+) -> Manifest:
+    """The manifest of a growth that has been carried out."""
+    family = architecture.family
+    renamed = {tensor.name: in_memory_name(family, tensor.name) for tensor in grown.trainable}
+    rules = sorted(set(_rules(architecture, growth)))
+    return Manifest(
+        schema=SCHEMA,
+        tool={"name": "ckptgrow", "version": version},
+        operation="expand",
+        base=identity,
+        family=family.model_type,
+        policy=growth.policy,
+        shares={"asked": growth.shares, "used": rules, "seed": growth.seed},
+        blocks=grown.blocks,
+        trainable=grown.trainable,
+        counts=grown.counts,
+        inexact_halves=inexact,
+        ties=ties(family, base.infos),
+        in_memory_names={disk: memory for disk, memory in renamed.items() if disk != memory},
+        history=history(base),
+    )
+
+
+def identify(base: Checkpoint, name: str, revision: str | None) -> Base:
+    """What the manifest keeps of the base, so that it can be recognised and its config.json restored."""
+    shards = {file: {"bytes": shard.nbytes, "header": shard.digest} for file, shard in base.shards.items()}
+    return Base(name, revision, base.config_text, shards)
+
+
+def history(base: Checkpoint) -> tuple[Mapping[str, Any], ...]:
+    """The manifests of the growths that the base already went through, oldest first, without their own histories.
+
+    Where a trainer saved the base without its ckptgrow.json, the digest in its config.json is all there is.
+    Raises FormatError where the two contradict each other.
+    """
+    entry, path = base.config.get(CONFIG_KEY), base.folder / MANIFEST
+    digest = entry.get("manifest") if isinstance(entry, Mapping) else None
+    if not path.is_file():
+        return ({"manifest": digest},) if digest else ()
+    text = path.read_bytes()
+    if digest != "sha256:" + hashlib.sha256(text).hexdigest():
+        raise FormatError(
+            "its digest is not the one in config.json: it belongs to another checkpoint",
+            file=str(path),
+            hint="Remove it, or put the right one there.",
+        )
+    manifest = _parsed(text, path)
+    return (*manifest.pop("history"), manifest)
+
+
+def _parsed(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(text)
+    except ValueError as error:
+        raise FormatError(f"not valid JSON ({error})", file=str(path)) from None
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("schema") != SCHEMA
+        or not isinstance(manifest.get("history"), list)
+    ):
+        raise FormatError(f"not a ckptgrow manifest of schema {SCHEMA}", file=str(path))
+    return manifest
+
+
+def _rules(architecture: Architecture, growth: Growth) -> Iterator[str]:
+    """The rules by which shares are made: units with one copy more than the others may need another rule."""
+    copies, more = divmod(growth.new_width(architecture.width), architecture.width)
+    for count, units in ((copies + 1, more), (copies, architecture.width - more)):
+        if units and count > 1:
+            yield rule_for(count, growth.rules, growth.shares)
+
+
+def _block(outputs: Mapping[str, Output], mlp: Mlp, base: Checkpoint) -> GrownBlock:
+    """The copies of one MLP, read off the first of its gate or up projections."""
+    runs = picks(next(outputs[name] for name in mlp.tensors if name != mlp.down), base.infos)
+    copies = tuple(
+        {"new": (run.start, run.stop), "base": (run.unit, run.unit + run.stop - run.start)}
+        for run in runs
+        if run.start >= mlp.width
+    )
+    return GrownBlock(mlp.block, mlp.layer, mlp.width, runs[-1].stop, copies)
+
+
+def _trainable(outputs: Iterable[Output], growth: Growth) -> Iterator[Trainable]:
+    for output in outputs:
+        member, found = output.member, boxes(output, growth.rules)
+        if member and found:
+            yield Trainable(output.name, member.role, member.layer, output.shape, output.dtype, found)
+
+
+def _spread(value: Any) -> str:
+    """A list with one item a line; anything else on one line."""
+    if isinstance(value, list | tuple) and value:
+        return "[\n" + ",\n".join(f"    {json.dumps(item)}" for item in value) + "\n  ]"
+    return json.dumps(value)

@@ -1,0 +1,325 @@
+"""The library's verbs: each wires the rooms together for one command. Quiet; progress goes to a callable.
+
+import ckptgrow
+ckptgrow.inspect("google/gemma-2b")
+ckptgrow.expand("google/gemma-2b", "out", policy="g-freeze")
+ckptgrow.verify("google/gemma-2b", "out").same
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptgrow import equivalence
+from ckptgrow.card import card, licence
+from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, open_checkpoint
+from ckptgrow.config import set_value
+from ckptgrow.errors import FamilyError, PlanError
+from ckptgrow.execute import write_shards
+from ckptgrow.families import Architecture, locate, ties
+from ckptgrow.hub import Origin, fetch, preview
+from ckptgrow.layout import INDEX, Layout, lay
+from ckptgrow.manifest import CONFIG_KEY, Grown, Manifest, describe, history, identify, read_mask
+from ckptgrow.policy import ShareChoice, rule_for, shares
+from ckptgrow.proof import prove
+from ckptgrow.results import Block, Expansion, Inspection, Proposal, Verification
+from ckptgrow.staging import Staging, check_apart, check_space, check_target, free_bytes
+from ckptgrow.surgery import BASE, Growth
+from ckptgrow.surgery import expand as plan_growth
+from ckptgrow.version import __version__
+
+Source = str | Path
+Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all; called from any thread
+
+
+def inspect(src: Source) -> Inspection:
+    """What `src` (a folder or `org/name[@revision]`) is and whether it can grow. Reads headers only.
+
+    Raises CkptgrowError where there is no readable checkpoint.
+    """
+    origin, base = _peek(src)
+    architecture, reason = None, None
+    try:
+        architecture = locate(base.config, base.infos)
+    except FamilyError as error:
+        reason = str(error)
+    return _inspection(origin, base, architecture, reason)
+
+
+def plan_expand(src: Source, out: Source, **options: Any) -> Proposal:
+    """What `expand` would do with the same options, for `--plan`: reads headers only and writes nothing.
+
+    Raises CkptgrowError for whatever `expand` would refuse before its first byte, but for an existing OUT and a
+    full disk, which the figures show.
+    """
+    origin, base = _peek(src)
+    return _prepare(origin, base, Path(out), Growth(**options)).proposal
+
+
+def expand(
+    src: Source,
+    out: Source,
+    *,
+    factor: int | None = None,
+    width: int | None = None,
+    multiple_of: int = 1,
+    policy: str = "g-freeze",
+    shares: ShareChoice = "auto",
+    seed: int = 0,
+    force: bool = False,
+    resume: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Expansion:
+    """Grow every MLP of `src` (a folder or `org/name[@revision]`) into the new folder `out`, the same function.
+
+    `factor` (2 if neither is given) or `width` says how wide; `policy` what will train (METHOD.md 4); `shares` and
+    `seed` how each column of down is shared out among the copies of its unit (METHOD.md 2, 3). `force` replaces an
+    existing `out` once the new one is complete; `resume` goes on from a killed run; `verify` proves what was written
+    before `out` appears. Raises CkptgrowError, and then nothing is left on disk.
+    """
+    growth = Growth(factor, width, multiple_of, policy, shares, seed)
+    target, report = Path(out), progress or _silent
+    seen = preview(src)
+    check_apart(target, seen.origin.folder)
+    check_target(target, force=force)
+    job = _prepare(seen.origin, open_checkpoint(seen.origin.folder, seen.headers), target, growth)
+    check_space(target, job.proposal.bytes_to_write)
+    if seen.headers:  # all that can be refused has been: now the weights
+        origin = fetch(src, progress=progress is not None)
+        job = _prepare(origin, open_checkpoint(origin.folder), target, growth)
+    with Staging(target, job.identity, resume=resume) as staging:
+        inexact = write_shards(job.layout, {BASE: job.base}, staging, _Meter(report, "writing", job.layout.nbytes))
+        manifest = _write_rest(job, staging, inexact)
+        verification = _verified(job, staging.folder, target, report) if verify else None
+        staging.commit()
+    return Expansion(target, job.proposal, manifest, verification)
+
+
+def verify(
+    base: Source, grown: Source, *, logits: Source | None = None, progress: Progress | None = None
+) -> Verification:
+    """Whether `grown` is the same function as `base`: three answers from the bytes of both, strongest first.
+
+    Knows nothing of how `grown` was made, so it accepts any function-preserving duplication of units by any tool.
+    `logits` names a text file on which transformers runs both models too. Raises CkptgrowError where it cannot tell.
+    """
+    from ckptgrow.probe import probed
+
+    report = progress or _silent
+    mine, its = fetch(base, progress=progress is not None), fetch(grown, progress=progress is not None)
+    one, other = open_checkpoint(mine.folder), open_checkpoint(its.folder)
+    architecture = locate(one.config, one.infos)
+    answers = list(_answers(one, other, architecture, report))
+    if answers[-1].findings:
+        answers.append(equivalence.Answer("probed", "not run", "the MLPs are not the same on their weights"))
+    else:
+        meter = _Meter(report, "probing", _mlp_bytes(one, other, architecture))
+        answers.append(probed(one, other, architecture, meter))
+    if logits is not None:
+        from ckptgrow.logits import compared
+
+        answers.append(compared(mine.folder, its.folder, Path(logits)))
+    return Verification(str(base), str(grown), tuple(answers))
+
+
+# ---------------------------------------------------------------- inspecting and planning
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A growth ready to be carried out."""
+
+    origin: Origin
+    base: Checkpoint
+    architecture: Architecture
+    growth: Growth
+    layout: Layout
+    grown: Grown
+    proposal: Proposal
+
+    @property
+    def identity(self) -> str:
+        """What a resumed run must agree on: version, Plan, options, and the source's files as they are now."""
+        files = {
+            file: (shard.nbytes, shard.digest, (self.base.folder / file).stat().st_mtime_ns)
+            for file, shard in self.base.shards.items()
+        }
+        told = json.dumps([__version__, self.proposal.plan.to_json(), repr(self.growth), files, self.base.config_text])
+        return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _peek(src: Source) -> tuple[Origin, Checkpoint]:
+    """A checkpoint of which the weights need not be here."""
+    seen = preview(src)
+    return seen.origin, open_checkpoint(seen.origin.folder, seen.headers)
+
+
+def _inspection(origin: Origin, base: Checkpoint, architecture: Architecture | None, reason: str | None) -> Inspection:
+    dtypes: Counter[str] = Counter()
+    for info in base.infos.values():
+        dtypes[info.dtype] += info.elements
+    model_type = base.config.get("model_type")
+    family = architecture.family if architecture else None
+    return Inspection(
+        source=origin.id,
+        revision=origin.revision,
+        model_type=model_type if isinstance(model_type, str) else None,
+        growable=architecture is not None,
+        reason=reason,
+        gated=family.template.gated if family else None,
+        norm_after=family.norm_after if family else None,
+        blocks=tuple(_blocks(base, architecture)) if architecture else (),
+        parameters=base.parameters,
+        bytes=base.tensor_bytes,
+        shards=len(base.shards),
+        dtypes=dict(dtypes.most_common()),
+        ties=ties(family, base.infos) if family else {},
+        grown_before=len(history(base)),
+    )
+
+
+def _blocks(base: Checkpoint, architecture: Architecture) -> Iterator[Block]:
+    for mlp in architecture.mlps:
+        dtypes = sorted({base.infos[name].dtype for name in mlp.tensors})
+        yield Block(mlp.block, mlp.layer, mlp.width, mlp.hidden, tuple(dtypes))
+
+
+def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Job:
+    """Everything that can be known, and refused, before the first byte is written."""
+    architecture = locate(base.config, base.infos)
+    history(base)
+    plan = plan_growth(base.infos, architecture, growth)
+    prove(plan, base.infos)
+    layout = lay(plan, base.headers, base.infos, base.index)
+    grown = read_mask(plan, base, architecture, growth)
+    copied, left_out = base.companions()
+    small = sum((base.folder / file).stat().st_size for file in copied) + 2 * len(base.config_text.encode())
+    proposal = Proposal(
+        source=origin.id,
+        revision=origin.revision,
+        out=str(out),
+        family=architecture.family.model_type,
+        policy=growth.policy,
+        policy_about=growth.rules.about,
+        shares=tuple(_shares_said(architecture, growth)),
+        blocks=grown.blocks,
+        parameters_before=base.parameters,
+        parameters_after=grown.counts.trainable + grown.counts.frozen,
+        trainable=grown.counts.trainable,
+        trainable_share_of_base=grown.counts.trainable_share_of_base,
+        bytes_to_write=layout.nbytes + small,
+        bytes_free=free_bytes(out),
+        shards_rewritten=sum(not shard.whole for shard in layout.shards),
+        shards_copied=sum(shard.whole for shard in layout.shards),
+        files_copied=copied,
+        files_left_out=left_out,
+        plan=plan,
+    )
+    return _Job(origin, base, architecture, growth, layout, grown, proposal)
+
+
+def _shares_said(architecture: Architecture, growth: Growth) -> Iterator[str]:
+    """How the columns of down are shared out, and why: a sentence for each number of copies that occurs."""
+    old, new = architecture.width, growth.new_width(architecture.width)
+    copies, more = divmod(new, old)
+    for count, units in ((copies + 1, more), (copies, old - more)):
+        if not units or count == 1:
+            continue
+        rule = rule_for(count, growth.rules, growth.shares)
+        dealt = list(shares(count, growth.rules, growth.shares, growth.seed))
+        said = f"{rule} for the {units:,} units of which there will be {count}"
+        if any(share and share.of for share in dealt):
+            said += ", the original keeping one half"
+        if growth.shares == "auto":
+            alike = (
+                "two trainable copies would otherwise stay equal" if rule == "random" else "no two that train are equal"
+            )
+            said += f": {alike}"
+        yield said
+    if more and copies == 1:
+        yield f"the other {old - more:,} units are not copied"
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _write_rest(job: _Job, staging: Staging, inexact: int) -> Manifest:
+    """All files but the shards; index, manifest and config last."""
+    base, origin = job.base, job.origin
+    for file in job.proposal.files_copied:
+        staging.copy(base.folder / file, file)
+    name, revision = _named(origin)
+    identity = identify(base, name, revision)
+    manifest = describe(base, identity, job.architecture, job.growth, job.grown, inexact, __version__)
+    staging.put(CARD, card(manifest, licence(base.folder / CARD)))
+    if job.layout.index is not None:
+        staging.put(INDEX, job.layout.index)
+    staging.put(MANIFEST, manifest.text())
+    config = base.config_text
+    for edit in job.proposal.plan.config:
+        config = set_value(config, edit.path, edit.value)
+    staging.put(CONFIG, set_value(config, CONFIG_KEY, manifest.config_entry(job.architecture.width_path)))
+    return manifest
+
+
+def _named(origin: Origin) -> tuple[str, str | None]:
+    """The base's Hub id and revision, also for a snapshot in the Hub cache; for a folder its name, not its path."""
+    folder = origin.folder.absolute()
+    repository = folder.parent.parent.name
+    if origin.revision is None and folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1), folder.name
+    return (origin.id, origin.revision) if origin.revision else (folder.resolve().name, None)
+
+
+def _verified(job: _Job, folder: Path, target: Path, report: Progress) -> Verification:
+    """The first two answers on what was just written. Raises PlanError unless both are yes: a bug, not the user's."""
+    written = open_checkpoint(folder)
+    answers = tuple(_answers(job.base, written, job.architecture, report))
+    verification = Verification(job.origin.id, str(target), answers)
+    if verification.exit_code:
+        finding = next(finding for answer in answers for finding in answer.findings)
+        raise PlanError(
+            f"what was written is not the same function ({finding.problem})",
+            tensor=finding.tensor,
+            hint="Nothing was kept. This is a bug in ckptgrow or a failing disk: please report it.",
+        )
+    return verification
+
+
+def _answers(
+    one: Checkpoint, other: Checkpoint, architecture: Architecture, report: Progress
+) -> Iterator[equivalence.Answer]:
+    inside = _mlp_bytes(one, other, architecture)
+    outside = one.tensor_bytes + other.tensor_bytes - inside
+    yield equivalence.untouched(one, other, architecture, _Meter(report, "comparing", outside))
+    yield equivalence.proved(one, other, architecture, _Meter(report, "proving", inside))
+
+
+def _mlp_bytes(one: Checkpoint, other: Checkpoint, architecture: Architecture) -> int:
+    names = {name for mlp in architecture.mlps for name in mlp.tensors}
+    return sum(c.infos[name].nbytes for c in (one, other) for name in names if name in c.infos)
+
+
+class _Meter:
+    """Adds up the bytes that threads report and passes the sum on."""
+
+    def __init__(self, report: Progress, stage: str, total: int) -> None:
+        self._report, self._stage, self._total = report, stage, total
+        self._done, self._turn = 0, threading.Lock()
+
+    def __call__(self, nbytes: int) -> None:
+        with self._turn:
+            self._done += nbytes
+            self._report(self._stage, self._done, self._total)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass

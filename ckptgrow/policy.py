@@ -1,0 +1,92 @@
+"""Freeze policies (METHOD.md 4) and how base weights are shared out among copies (METHOD.md 2, 3).
+
+A policy says which parts of which roles train; the boxes of the freeze mask are a reading of a Plan with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ckptgrow.plan import Output, Rule, Share, joined
+
+Extent = Literal["new", "all"]
+Box = tuple[tuple[int, int], ...]
+ShareChoice = Literal["auto", "even", "random"]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Which units of the gate, up and down projections train: the new ones, all, or (not named) none.
+
+    A bias goes with its projection; the bias of down has no unit and never trains.
+    """
+
+    name: str
+    trains: Mapping[str, Extent]
+    about: str
+    original_keeps_half: bool = False
+
+    def trainable_copies(self, copies: int) -> int:
+        """How many of a unit's copies have anything that trains; the first copy is the original."""
+        return copies if "all" in self.trains.values() else copies - 1
+
+
+POLICIES: Mapping[str, Policy] = {
+    policy.name: policy
+    for policy in (
+        Policy(
+            "g-freeze",
+            {"gate": "new", "up": "new", "down": "new"},
+            "the new units train, everything that was there is frozen",
+            original_keeps_half=True,
+        ),
+        Policy("g-train", {"gate": "all", "up": "all"}, "all gate and up rows train, old and new; down is frozen"),
+        Policy("down", {"down": "new"}, "only the new columns of down train"),
+        Policy("up", {"up": "new"}, "only the new rows of up train"),
+    )
+}
+
+
+def boxes(output: Output, policy: Policy) -> tuple[Box, ...]:
+    """The parts of this output that train, each one half-open [start, stop) pair per dimension."""
+    whole = [(0, size) for size in output.shape]
+    spans = joined(span for lane in output.lanes() for span in _trained(output, policy, *lane))
+    return tuple((*whole[: output.axis], span, *whole[output.axis + 1 :]) for span in spans)
+
+
+def _trained(output: Output, policy: Policy, lane: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The [start, stop) ranges of one lane that train."""
+    extent = policy.trains.get(lane)
+    if extent == "all":
+        yield start, stop
+    elif extent == "new":
+        yield from ((max(a, start), min(b, stop)) for a, b in output.grown() if a < stop and b > start)
+
+
+def shares(copies: int, policy: Policy, choice: ShareChoice, seed: int) -> Iterator[Share | None]:
+    """The share of each copy of a unit, the original first; None where the unit is not copied.
+
+    `auto` is random exactly where two trainable copies would otherwise stay equal for ever (METHOD.md 3). Unless
+    random was asked for by name, a policy that freezes the original lets it keep round(W/2), so that the growth can
+    be undone from the grown checkpoint alone; the rest is shared out among the new copies (METHOD.md 2).
+    """
+    if copies == 1:
+        yield None
+        return
+    rule = rule_for(copies, policy, choice)
+    drawn = seed if rule == "random" else 0
+    if not policy.original_keeps_half or choice == "random" or copies == 2:
+        yield from (Share(i, copies, rule, drawn) for i in range(copies))
+        return
+    kept, rest = Share(0, 2), Share(1, 2)
+    yield kept
+    yield from (Share(i, copies - 1, rule, drawn, of=rest) for i in range(copies - 1))
+
+
+def rule_for(copies: int, policy: Policy, choice: ShareChoice) -> Rule:
+    """The rule by which the shares of a unit with that many copies are made."""
+    if choice != "auto":
+        return choice
+    return "random" if policy.trainable_copies(copies) > 1 else "even"

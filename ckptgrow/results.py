@@ -1,0 +1,118 @@
+"""What the library's verbs return: frozen values with `to_json()`. How they read as text is in report.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ckptgrow.equivalence import Answer
+from ckptgrow.manifest import GrownBlock, Manifest
+from ckptgrow.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One MLP as found: its name, layer, width and hidden size in units, and the dtypes of its tensors."""
+
+    name: str
+    layer: int
+    width: int
+    hidden: int
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a checkpoint is and whether it can grow; `reason` says why not."""
+
+    source: str
+    revision: str | None
+    model_type: str | None
+    growable: bool
+    reason: str | None
+    gated: bool | None
+    norm_after: bool | None
+    blocks: tuple[Block, ...]
+    parameters: int
+    bytes: int
+    shards: int
+    dtypes: Mapping[str, int]  # elements by dtype
+    ties: Mapping[str, str]
+    grown_before: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What `expand` is going to do; nothing is written yet. Sizes in bytes, counts in elements."""
+
+    source: str
+    revision: str | None
+    out: str
+    family: str
+    policy: str
+    policy_about: str
+    shares: tuple[str, ...]  # one sentence for each kind of unit
+    blocks: tuple[GrownBlock, ...]
+    parameters_before: int
+    parameters_after: int
+    trainable: int
+    trainable_share_of_base: float
+    bytes_to_write: int
+    bytes_free: int
+    shards_rewritten: int
+    shards_copied: int
+    files_copied: tuple[str, ...]
+    files_left_out: tuple[str, ...]
+    plan: Plan
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, the whole Plan included."""
+        shown = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
+        return shown | {"blocks": [asdict(block) for block in self.blocks], "plan": self.plan.to_json()}
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The answers, strongest first. `exit_code`: 0 the same function, 1 not, 2 cannot tell."""
+
+    base: str
+    grown: str
+    answers: tuple[Answer, ...]
+
+    @property
+    def exit_code(self) -> int:
+        verdicts = {answer.verdict for answer in self.answers}
+        return 1 if "no" in verdicts else 2 if "cannot tell" in verdicts else 0
+
+    @property
+    def same(self) -> bool | None:
+        return {0: True, 1: False, 2: None}[self.exit_code]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"same": self.same, "exit_code": self.exit_code}
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """What `expand` did: the proposal it carried out, the manifest, and what verification said (None: not asked)."""
+
+    folder: Path
+    proposal: Proposal
+    manifest: Manifest
+    verification: Verification | None
+
+    def to_json(self) -> dict[str, Any]:
+        described = self.proposal.to_json()
+        del described["plan"]
+        return {
+            "folder": str(self.folder),
+            **described,
+            "inexact_halves": self.manifest.inexact_halves,
+            "manifest": self.manifest.digest,
+            "verification": self.verification.to_json() if self.verification else None,
+        }

@@ -1,0 +1,100 @@
+"""What growing means: an architecture and options in, a Plan out. No file is read and no number computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ckptgrow.errors import RequestError
+from ckptgrow.families import Architecture, Mlp
+from ckptgrow.plan import Edit, Output, Part, Plan, Share, Term, unchanged
+from ckptgrow.policy import POLICIES, Policy, ShareChoice, shares
+from ckptgrow.tensors import TensorInfo
+
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """How to grow: by a factor or to a width, which parts will train, and how the shares are made."""
+
+    factor: int | None = None
+    width: int | None = None
+    multiple_of: int = 1
+    policy: str = "g-freeze"
+    shares: ShareChoice = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.factor is not None and self.width is not None:
+            raise RequestError("--factor and --width exclude each other")
+        if self.factor is not None and self.factor < 2:
+            raise RequestError(f"--factor {self.factor} does not grow anything: give a whole number from 2 up")
+        if self.multiple_of < 1:
+            raise RequestError(f"--multiple-of {self.multiple_of}: give a whole number from 1 up")
+        if self.policy not in POLICIES:
+            raise RequestError(f"unknown policy {self.policy!r}", hint=f"One of {', '.join(POLICIES)}.")
+        if self.shares not in ("auto", "even", "random"):
+            raise RequestError(f"unknown shares {self.shares!r}", hint="One of auto, even, random.")
+        if not 0 <= self.seed < 2**63:
+            raise RequestError(f"--seed {self.seed}: give a whole number from 0 to 2**63 - 1")
+
+    @property
+    def rules(self) -> Policy:
+        return POLICIES[self.policy]
+
+    def new_width(self, old: int) -> int:
+        """The width after growing from `old`, rounded up to the asked multiple."""
+        wanted = self.width if self.width is not None else (self.factor or 2) * old
+        rounded = -(-wanted // self.multiple_of) * self.multiple_of
+        if rounded <= old:
+            raise RequestError(f"--width {wanted} is not above the present width {old}")
+        return rounded
+
+
+def expand(infos: Mapping[str, TensorInfo], architecture: Architecture, growth: Growth) -> Plan:
+    """The Plan that grows every MLP by copying its first units, in rounds, without changing the function.
+
+    Gate, up and their biases are copied as bytes; each column of down is shared out among the copies of its unit
+    (METHOD.md 1, 2). All other tensors stay as they are.
+    """
+    grown = {name: _grow(infos[name], mlp, growth) for mlp in architecture.mlps for name in mlp.tensors}
+    outputs = tuple(grown.get(name) or unchanged(info, BASE) for name, info in infos.items())
+    return Plan(outputs, (Edit(architecture.width_path, growth.new_width(architecture.width)),))
+
+
+def rounds(old: int, new: int) -> Iterator[range]:
+    """The units that each round copies: all of them, and in the last round those that are still needed."""
+    for start in range(old, new, old):
+        yield range(min(old, new - start))
+
+
+def _grow(info: TensorInfo, mlp: Mlp, growth: Growth) -> Output:
+    """One tensor of an MLP, widened."""
+    slot, new = mlp.tensors[info.name], growth.new_width(mlp.width)
+    shape = tuple(new * len(slot.lanes) if axis == slot.axis else size for axis, size in enumerate(info.shape))
+    if slot.lanes == ("down",):
+        parts = tuple(_shared(info.name, mlp.width, new, growth))
+    else:
+        parts = tuple(part for lane in range(len(slot.lanes)) for part in _copied(info.name, lane, mlp.width, new))
+    return Output(info.name, info.dtype, shape, slot.axis, parts, mlp.member(info.name))
+
+
+def _copied(name: str, lane: int, old: int, new: int) -> Iterator[Part]:
+    """One lane of gate or up: all units, then the copied ones round by round."""
+    for grown, units in [(False, range(old)), *((True, units) for units in rounds(old, new))]:
+        yield Part(len(units), (Term(BASE, name, range(lane * old + units.start, lane * old + units.stop)),), grown)
+
+
+def _shared(name: str, old: int, new: int, growth: Growth) -> Iterator[Part]:
+    """Down: each copy of a unit gets its share. The first `new % old` units have one copy more than the others."""
+    copies, more = divmod(new, old)
+    spans = [(range(more), _shares(copies + 1, growth)), (range(more, old), _shares(copies, growth))]
+    for turn in range(copies + 1):
+        for units, dealt in spans:
+            if units and turn < len(dealt):
+                yield Part(len(units), (Term(BASE, name, units, share=dealt[turn]),), grown=turn > 0)
+
+
+def _shares(copies: int, growth: Growth) -> tuple[Share | None, ...]:
+    return tuple(shares(copies, growth.rules, growth.shares, growth.seed))
