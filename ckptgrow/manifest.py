@@ -230,7 +230,9 @@ def _trainable(outputs: Iterable[Output], growth: Growth) -> Iterator[Trainable]
 
 
 def _spread(value: Any) -> str:
-    """A list with one item a line; anything else on one line."""
+    """A list or an object of objects with one item a line; anything else on one line."""
     if isinstance(value, list | tuple) and value:
         return "[\n" + ",\n".join(f"    {json.dumps(item)}" for item in value) + "\n  ]"
+    if isinstance(value, Mapping) and any(isinstance(item, Mapping) for item in value.values()):
+        return json.dumps(value, indent=2).replace("\n", "\n  ")
     return json.dumps(value)

@@ -19,8 +19,15 @@ from ckptgrow.errors import HubError
 from ckptgrow.tensors import TensorInfo, arrange
 
 ROOT = Path(__file__).parent.parent
-CLIENT = """
-import json, sys
+ALONE = f"""
+import sys, types
+sys.modules["ckptgrow"] = types.ModuleType("ckptgrow")  # without its __init__, whose imports would double the time
+sys.modules["ckptgrow"].__path__ = [{str(ROOT / "ckptgrow")!r}]
+"""
+CLIENT = (
+    ALONE
+    + """
+import json
 from ckptgrow import hub
 from ckptgrow.errors import CkptgrowError
 answer = {"lazy": "huggingface_hub" not in sys.modules}
@@ -34,6 +41,7 @@ except CkptgrowError as error:
     answer |= {"error": str(error), "kind": type(error).__name__, "bare": error.__suppress_context__}
 json.dump(answer, sys.stdout)
 """
+)
 
 
 def shard(*names: str, elements: int = 150_000, metadata: str = "pt") -> bytes:
@@ -107,7 +115,7 @@ class Client:
         self, verb: str, src: str, *options: str, cwd: Path | None = None, **environment: Any
     ) -> dict[str, Any]:
         extra = {k: environment.pop(k) for k in list(environment) if k.isupper()}
-        env = {**self.server.environment(self.home, **environment), "PYTHONPATH": str(ROOT), **extra}
+        env = {**self.server.environment(self.home, **environment), **extra}
         command = [sys.executable, "-W", "error", "-c", CLIENT, verb, src, *options]
         done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
@@ -377,7 +385,7 @@ def test_an_index_names_plain_files_only(tmp_path: Path) -> None:
     repositories = {
         name: Repository({"main": {"model.safetensors.index.json": text}}) for name, text in hostile.items()
     }
-    script = f"""
+    script = f"""{ALONE}
 import json
 from ckptgrow import hub
 for name in {list(hostile)}:
@@ -388,7 +396,7 @@ for name in {list(hostile)}:
         print(json.dumps([name, str(error)]))
 """
     with HubServer(repositories) as server:
-        env = {**server.environment(tmp_path), "PYTHONPATH": str(ROOT)}
+        env = {**server.environment(tmp_path)}
         done = subprocess.run(
             [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True, timeout=60
         )

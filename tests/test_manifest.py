@@ -1,0 +1,154 @@
+"""ckptgrow.json: its schema, its content, its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import jsonschema
+import pytest
+from safetensors import safe_open
+
+import ckptgrow
+from ckptgrow.families import FAMILIES
+from ckptgrow.policy import POLICIES
+
+SCHEMA = json.loads(files("ckptgrow").joinpath("manifest.schema.json").read_text())
+
+
+def grown(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, checked against the schema."""
+    manifest: dict[str, Any] = json.loads((folder / "ckptgrow.json").read_text())
+    jsonschema.Draft202012Validator(SCHEMA).validate(manifest)
+    return manifest
+
+
+def test_schema_is_a_schema() -> None:
+    """The shipped schema is itself valid."""
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_every_manifest_is_valid(tmp_path: Path, family: str, policy: str) -> None:
+    """Each family and policy gives a manifest that the schema accepts and whose boxes lie in the tensors on disk."""
+    base = checkpoints.make(tmp_path / "base", family)
+    ckptgrow.expand(base, tmp_path / "out", policy=policy, factor=3)
+    manifest = grown(tmp_path / "out")
+    tensors = checkpoints.load(tmp_path / "out")
+    inside = 0
+    for trainable in manifest["trainable"]:
+        assert trainable["shape"] == list(tensors[trainable["name"]].shape)
+        for box in trainable["boxes"]:
+            view = tensors[trainable["name"]][tuple(slice(*span) for span in box)]
+            assert list(view.shape) == [stop - start for start, stop in box]
+            inside += view.numel()
+    assert inside == manifest["counts"]["trainable"]
+    assert inside + manifest["counts"]["frozen"] == sum(t.numel() for t in tensors.values())
+
+
+@pytest.mark.parametrize(
+    "broken", [{"policy": "all"}, {"history": [{}]}, {"schema": 2}, {"rules": []}, {"trainable": []}]
+)
+def test_schema_refuses(base: Path, tmp_path: Path, broken: dict[str, Any]) -> None:
+    """The schema is strict: wrong values and unknown keys are refused."""
+    ckptgrow.expand(base, tmp_path / "out")
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(SCHEMA).validate(grown(tmp_path / "out") | broken)
+
+
+def test_copies_name_the_base_unit(base: Path, tmp_path: Path) -> None:
+    """Each new unit's gate row is that of the base unit that `copies` says, above twice the width too."""
+    ckptgrow.expand(base, tmp_path / "out", width=29)
+    before, after = checkpoints.load(base), checkpoints.load(tmp_path / "out")
+    for block in grown(tmp_path / "out")["blocks"]:
+        assert (block["old_width"], block["new_width"]) == (12, 29)
+        name = block["block"] + ".gate_proj.weight"
+        covered = []
+        for run in block["copies"]:
+            assert (after[name][slice(*run["new"])] == before[name][slice(*run["base"])]).all()
+            covered += range(*run["new"])
+        assert covered == list(range(12, 29))
+
+
+def test_digest_stands_in_the_config(base: Path, tmp_path: Path) -> None:
+    """config.json carries the sha256 of ckptgrow.json and the width before."""
+    done = ckptgrow.expand(base, tmp_path / "out")
+    entry = json.loads((tmp_path / "out/config.json").read_text())["ckptgrow"]
+    digest = "sha256:" + hashlib.sha256((tmp_path / "out/ckptgrow.json").read_bytes()).hexdigest()
+    assert entry == {"manifest": digest, "base_width": {"intermediate_size": 12}}
+    assert done.manifest.digest == digest
+
+
+def test_base_is_identified(base: Path, tmp_path: Path) -> None:
+    """The manifest has the base's config text, and size and header digest of each shard."""
+    ckptgrow.expand(base, tmp_path / "out")
+    recorded = grown(tmp_path / "out")["base"]
+    assert recorded["config"] == (base / "config.json").read_text()
+    assert (recorded["id"], recorded["revision"]) == ("base", None)
+    for file, facts in recorded["shards"].items():
+        data = (base / file).read_bytes()
+        head = data[: 8 + int.from_bytes(data[:8], "little")]
+        assert facts == {"bytes": len(data), "header": "sha256:" + hashlib.sha256(head).hexdigest()}
+
+
+def test_inexact_halves_are_counted(base: Path, tmp_path: Path) -> None:
+    """Weights of down with an odd subnormal pattern are counted, once each, whatever the number of copies."""
+
+    def plant(tensors: checkpoints.Tensors) -> None:
+        down = tensors["model.layers.0.mlp.down_proj.weight"]
+        down.view(-1)[:3] = 2.0**-133
+        down.view(-1)[3:5] = 2.0**-132
+
+    checkpoints.edit(base, plant)
+    for i, options in enumerate([{"factor": 2}, {"factor": 3}, {"factor": 2, "shares": "random"}]):
+        done = ckptgrow.expand(base, tmp_path / f"out{i}", **options)  # type: ignore[arg-type]
+        assert done.manifest.inexact_halves == 3
+        assert ckptgrow.verify(base, tmp_path / f"out{i}").exit_code == 0
+
+
+def test_mask_of_a_snapshot_names_the_hub_id(base: Path, tmp_path: Path) -> None:
+    """A folder in the Hub cache is recognised: the manifest has its id and commit, the card its base_model."""
+    snapshot = tmp_path / "hub/models--org--name/snapshots/0123abcd"
+    snapshot.parent.mkdir(parents=True)
+    base.rename(snapshot)
+    ckptgrow.expand(snapshot, tmp_path / "out")
+    recorded = grown(tmp_path / "out")["base"]
+    assert (recorded["id"], recorded["revision"]) == ("org/name", "0123abcd")
+    assert "base_model: org/name" in (tmp_path / "out/README.md").read_text()
+
+
+def test_growing_again_keeps_the_history(base: Path, tmp_path: Path) -> None:
+    """A grown and trained checkpoint grows again: all that was there is base, each earlier manifest is kept."""
+    ckptgrow.expand(base, tmp_path / "one")
+    checkpoints.edit(tmp_path / "one", lambda t: t["model.layers.0.mlp.up_proj.weight"][12:].mul_(1.5))
+    ckptgrow.expand(tmp_path / "one", tmp_path / "two", width=36)
+    ckptgrow.expand(tmp_path / "two", tmp_path / "three", width=40)
+    assert ckptgrow.verify(tmp_path / "one", tmp_path / "three").exit_code == 0
+    assert ckptgrow.verify(base, tmp_path / "three").exit_code == 1
+    first, last = grown(tmp_path / "one"), grown(tmp_path / "three")
+    assert [past["blocks"][0]["new_width"] for past in last["history"]] == [24, 36]
+    assert last["history"][0] == {key: value for key, value in first.items() if key != "history"}
+    gate = next(t for t in last["trainable"] if t["role"] == "gate")
+    assert gate["boxes"] == [[[36, 40], [0, 8]]]
+
+
+def test_history_without_its_file(base: Path, tmp_path: Path) -> None:
+    """A trainer's save_pretrained loses ckptgrow.json: the digest from config.json is kept."""
+    done = ckptgrow.expand(base, tmp_path / "one")
+    (tmp_path / "one/ckptgrow.json").unlink()
+    ckptgrow.expand(tmp_path / "one", tmp_path / "two")
+    assert grown(tmp_path / "two")["history"] == [{"manifest": done.manifest.digest}]
+
+
+def test_header_digest_reads_like_safetensors(base: Path, tmp_path: Path) -> None:
+    """The grown shards open with the safetensors library and hold the names and metadata of the base's."""
+    ckptgrow.expand(base, tmp_path / "out")
+    for file in base.glob("*.safetensors"):
+        with safe_open(file, "pt") as mine, safe_open(tmp_path / "out" / file.name, "pt") as its:
+            assert sorted(mine.keys()) == sorted(its.keys())
+            assert mine.metadata() == its.metadata() == {"format": "pt"}
