@@ -136,14 +136,14 @@ def _json(path: Path) -> tuple[str, Mapping[str, Any]]:
 def _index(folder: Path) -> Mapping[str, Any] | None:
     if not (folder / INDEX).is_file():
         return None
-    if (folder / SINGLE).is_file():
-        raise FormatError(
-            f"both {SINGLE} and {INDEX} are here", hint="Loaders disagree on which one counts: remove the stale one."
-        )
     _, index = _json(folder / INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError("it has no weight_map", file=INDEX)
+    if (folder / SINGLE).is_file() and SINGLE not in weight_map.values():
+        raise FormatError(
+            f"both {SINGLE} and {INDEX} are here", hint="Loaders disagree on which one counts: remove the stale one."
+        )
     if not isinstance(index.get("metadata", {}), dict):
         raise FormatError("its metadata is not an object", file=INDEX)
     for tensor, file in weight_map.items():
