@@ -1,0 +1,192 @@
+"""What the laws are tried on: tensor names, headers, tiny architectures, growths, and a plain reading of a Plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import checkpoints
+from ckptgrow.families import FAMILIES, Architecture, Family, locate
+from ckptgrow.plan import Output, Plan, Share, Term
+from ckptgrow.policy import POLICIES
+from ckptgrow.surgery import Growth
+from ckptgrow.tensors import DTYPE_BITS, TensorInfo
+
+Infos = dict[str, TensorInfo]
+Weights = Mapping[str, NDArray[np.float64]]
+
+# The same examples in every run, and nothing left in the working folder.
+LAW = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+# ---------------------------------------------------------------- headers
+
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda name: name != "__metadata__")
+awkward_names = st.sampled_from(
+    ['"', "\\", "\x00", "\x1f", "\x7f", "\u2028", "é", "\U0001f600", "\ufeff", "/", "a\nb", "", "model.layers.0"]
+)
+tensor_names = names | awkward_names
+shapes = st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=3).map(tuple)
+metadata = st.just({}) | st.dictionaries(tensor_names, tensor_names, min_size=1, max_size=1)
+
+
+@st.composite
+def tensor_infos(draw: st.DrawFn, dtypes: tuple[str, ...] = tuple(DTYPE_BITS)) -> list[TensorInfo]:
+    """Some tensors of unlike names, not yet placed; those of half bytes fill whole ones."""
+    infos = []
+    for name in draw(st.lists(tensor_names, unique=True, max_size=6)):
+        dtype, shape = draw(st.sampled_from(dtypes)), draw(shapes)
+        infos.append(TensorInfo(name, dtype, (*shape, 4) if DTYPE_BITS[dtype] % 8 else shape))
+    return infos
+
+
+# ---------------------------------------------------------------- architectures
+
+
+def infos_of(
+    family: Family | str,
+    *,
+    layers: int = 2,
+    hidden: int = 3,
+    width: int = 4,
+    dtype: str = "BF16",
+    bias: bool = False,
+    prefix: str = "model.",
+    tied: bool = True,
+) -> Infos:
+    """The tensor descriptions of a tiny checkpoint of that family, as its headers would give them."""
+    family = FAMILIES[family] if isinstance(family, str) else family
+    tensors = checkpoints.tensors_of(
+        family,
+        layers=layers,
+        hidden=hidden,
+        width=width,
+        dtype=dtype,
+        bias=bias,
+        prefix=prefix,
+        tied=tied,
+        seed=0,
+    )
+    return {name: TensorInfo(name, dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def config_of(family: Family | str, *, layers: int = 2, hidden: int = 3, width: int = 4) -> dict[str, Any]:
+    """The config.json that goes with `infos_of`."""
+    family = FAMILIES[family] if isinstance(family, str) else family
+    return checkpoints.config_of(family, layers=layers, hidden=hidden, width=width)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny checkpoint without weights: its tensors, and the architecture found in them."""
+
+    infos: Infos
+    architecture: Architecture
+
+
+@cache
+def tiny(model_type: str = "llama", width: int = 4, hidden: int = 3, layers: int = 2, bias: bool = False) -> Tiny:
+    """The tiny checkpoint of that family; equal calls give the same one."""
+    infos = infos_of(model_type, width=width, hidden=hidden, layers=layers, bias=bias)
+    return Tiny(infos, locate(config_of(model_type, width=width, hidden=hidden, layers=layers), infos))
+
+
+tinies = st.builds(
+    tiny,
+    st.sampled_from(sorted(FAMILIES)),
+    width=st.integers(1, 7),
+    hidden=st.integers(1, 3),
+    layers=st.integers(1, 2),
+    bias=st.booleans(),
+)
+
+
+@st.composite
+def growths(draw: st.DrawFn, old: int) -> Growth:
+    """Any growth of an MLP of width `old` that is allowed."""
+    factor = draw(st.none() | st.integers(2, 5))
+    width = None if factor else draw(st.none() | st.integers(old + 1, 4 * old + 3))
+    return Growth(
+        factor=factor,
+        width=width,
+        multiple_of=draw(st.sampled_from([1, 1, 2, 8])),
+        policy=draw(st.sampled_from(sorted(POLICIES))),
+        shares=draw(st.sampled_from(["auto", "even", "random"])),
+        seed=draw(st.sampled_from([0, 1, 2**63 - 1])),
+    )
+
+
+# ---------------------------------------------------------------- a plain reading of a Plan, in real arithmetic
+
+
+def value_of(share: Share | None) -> float:
+    """A number for each share such that all shares of one weight, and nothing else, add up to 1."""
+    if share is None:
+        return 1.0
+    lean = 1.0 + share.index + (0.37 * (share.seed % 7) + 0.11 if share.rule == "random" else 0.0)
+    unseeded = replace(share, seed=share.seed)
+    total = sum(1.0 + s.index + (lean - 1.0 - share.index) for s in unseeded.siblings)
+    return value_of(share.of) * lean / total
+
+
+def executed(output: Output, weights: Weights) -> NDArray[np.float64]:
+    """What the executor would write for this output, computed from whole arrays."""
+    parts = [np.zeros(_with(output, 0))]
+    for part in output.parts:
+        total = np.zeros(_with(output, part.size))
+        for term in part.terms:
+            total += _picked(term, output.axis, weights)
+        parts.append(total)
+    return np.concatenate(parts, axis=output.axis)
+
+
+def _picked(term: Term, axis: int, weights: Weights) -> NDArray[np.float64]:
+    return np.take(weights[term.name], list(term.units), axis) * term.scale * value_of(term.share)
+
+
+def _with(output: Output, size: int) -> list[int]:
+    return [size if axis == output.axis else extent for axis, extent in enumerate(output.shape)]
+
+
+def same_function(plan: Plan, tiny: Tiny) -> bool:
+    """Whether the MLPs of the Plan's result answer as the base's do, and all else is equal: by running them."""
+    draw = np.random.default_rng(0)
+    base = {name: draw.normal(size=info.shape) for name, info in tiny.infos.items()}
+    if {output.name for output in plan.outputs} != set(base):
+        return False
+    try:
+        grown = {output.name: executed(output, base) for output in plan.outputs}
+        inside = {name for mlp in tiny.architecture.mlps for name in mlp.tensors}
+        return all(np.array_equal(grown[name], base[name]) for name in base.keys() - inside) and all(
+            np.allclose(answer(grown, tiny, i), answer(base, tiny, i)) for i in range(len(tiny.architecture.mlps))
+        )
+    except ValueError:  # shapes that do not go together
+        return False
+
+
+def answer(weights: Weights, tiny: Tiny, index: int) -> NDArray[np.float64]:
+    """One MLP on a fixed input: down(act(gate x) * up x), the biases of gate and up included."""
+    mlp = tiny.architecture.mlps[index]
+    x = np.linspace(-1.0, 2.0, mlp.hidden)
+    lanes: dict[str, Any] = {}
+    for name, slot in mlp.tensors.items():
+        if slot.lanes == ("down",):
+            continue
+        value = weights[name] if slot.bias else weights[name] @ x
+        for lane, half in zip(slot.lanes, np.split(value, len(slot.lanes)), strict=True):
+            lanes[lane] = lanes.get(lane, 0.0) + half
+    inner = np.tanh(lanes["gate"]) * lanes["up"] if "gate" in lanes else np.tanh(lanes["up"])
+    return np.asarray(weights[mlp.down] @ inner)
+
+
+def elements(infos: Infos) -> int:
+    """How many numbers these tensors hold."""
+    return sum(math.prod(info.shape) for info in infos.values())
