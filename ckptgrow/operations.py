@@ -96,7 +96,7 @@ def expand(
         origin = fetch(src, progress=progress is not None)
         job = _prepare(origin, open_checkpoint(origin.folder), target, growth)
     with Staging(target, job.identity, resume=resume) as staging:
-        inexact = write_shards(job.layout, {BASE: job.base}, staging, _Meter(report, "writing", job.layout.nbytes))
+        inexact = write_shards(job.layout, {BASE: job.base}, staging, _Meter(report, "writing", sum(shard.nbytes for shard in job.layout.shards)))
         manifest = _write_rest(job, staging, inexact)
         verification = _verified(job, staging.folder, target, report) if verify else None
         staging.commit()

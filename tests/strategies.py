@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -131,10 +130,8 @@ def value_of(share: Share | None) -> float:
     """A number for each share such that all shares of one weight, and nothing else, add up to 1."""
     if share is None:
         return 1.0
-    lean = 1.0 + share.index + (0.37 * (share.seed % 7) + 0.11 if share.rule == "random" else 0.0)
-    unseeded = replace(share, seed=share.seed)
-    total = sum(1.0 + s.index + (lean - 1.0 - share.index) for s in unseeded.siblings)
-    return value_of(share.of) * lean / total
+    lean = 1.1 + 0.37 * (share.seed % 97) if share.rule == "random" else 1.0
+    return value_of(share.of) * (share.index + lean) / sum(i + lean for i in range(share.count))
 
 
 def executed(output: Output, weights: Weights) -> NDArray[np.float64]:
@@ -185,8 +182,3 @@ def answer(weights: Weights, tiny: Tiny, index: int) -> NDArray[np.float64]:
             lanes[lane] = lanes.get(lane, 0.0) + half
     inner = np.tanh(lanes["gate"]) * lanes["up"] if "gate" in lanes else np.tanh(lanes["up"])
     return np.asarray(weights[mlp.down] @ inner)
-
-
-def elements(infos: Infos) -> int:
-    """How many numbers these tensors hold."""
-    return sum(math.prod(info.shape) for info in infos.values())

@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="holds ckptgrow against real transformers, which is not installed")
 
+import jsonschema
 import torch
 import transformers
 from torch import nn
@@ -144,6 +146,15 @@ def silence(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str])
     said = [record.getMessage() for record in caplog.get_records("call") if record.levelname in ("WARNING", "ERROR")]
     assert said == []
     assert capfd.readouterr().err == ""
+
+
+@pytest.fixture(autouse=True)
+def manifests_fit_their_schema(tmp_path: Path) -> Iterator[None]:
+    """Every manifest that a test leaves behind is one by the schema in the package."""
+    yield
+    schema = json.loads(resources.files(ckptgrow).joinpath("manifest.schema.json").read_text("utf-8"))
+    for manifest in tmp_path.rglob(MANIFEST):
+        jsonschema.Draft202012Validator(schema).validate(json.loads(manifest.read_text("utf-8")))
 
 
 def build(case: Case, **changes: Any) -> nn.Module:
@@ -400,9 +411,7 @@ def expanded(name: str, bases: Callable[[str], Path], out: Path, policy: str = "
 
 @pytest.mark.parametrize("policy", ["g-freeze", "g-train", "down", "up"])
 @pytest.mark.parametrize("name", CASES)
-def test_trainable_tensors_are_parameters(
-    name: str, policy: str, bases: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_trainable_tensors_are_parameters(name: str, policy: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
     """Each is a parameter of the loaded model, under the name and with the shape that the manifest says."""
     manifest = expanded(name, bases, tmp_path / "grown", policy).manifest
     parameters = {key: tuple(value.shape) for key, value in load(tmp_path / "grown").named_parameters()}
