@@ -85,7 +85,7 @@ def proved(base: Checkpoint, grown: Checkpoint, architecture: Architecture, prog
     figure = f"{copies:,} units are {units:,} base units in {len(results)} MLPs, largest error {error!r}"
     if findings:
         broken = len({finding.tensor for finding in findings})
-        figure = f"{broken} tensors do not add up to the base, largest error {error!r}"
+        figure = f"wrong in {broken} tensor{'s' if broken != 1 else ''}, largest error {error!r}"
     return Answer("proved", "no" if findings else "yes", figure, tuple(findings[:SHOWN]))
 
 
@@ -349,7 +349,7 @@ class _Sums:
             yield Finding(
                 self.name,
                 f"{len(wrong):,} of {len(self.errors):,} base units do not get their column back: unit {unit}"
-                f" (now unit{'s' if len(made) != 1 else ''} {shown or 'gone'}) is off by {self.errors[unit]!r}",
+                f" (now unit{'s' if len(made) != 1 else ''} {shown or 'gone'}) is off by {float(self.errors[unit])!r}",
             )
 
     def _blocks(self) -> Iterator[tuple[slice, slice]]:

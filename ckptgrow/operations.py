@@ -235,14 +235,12 @@ def _shares_said(architecture: Architecture, growth: Growth) -> Iterator[str]:
             continue
         rule = rule_for(count, growth.rules, growth.shares)
         dealt = list(shares(count, growth.rules, growth.shares, growth.seed))
-        said = f"{rule} for the {units:,} units of which there will be {count}"
+        said = f"{rule}: {units:,} units come in {count} copies"
         if any(share and share.of for share in dealt):
-            said += ", the original keeping one half"
+            said += ", the original keeps one half"
         if growth.shares == "auto":
-            alike = (
-                "two trainable copies would otherwise stay equal" if rule == "random" else "no two that train are equal"
-            )
-            said += f": {alike}"
+            alike = "two trainable copies would otherwise stay" if rule == "random" else "no two trainable copies are"
+            said += f" (auto: {alike} equal)"
         yield said
     if more and copies == 1:
         yield f"the other {old - more:,} units are not copied"

@@ -45,6 +45,8 @@ def probed(base: Checkpoint, grown: Checkpoint, architecture: Architecture, prog
     for mlp in architecture.mlps:
         inputs = _inputs(mlp)
         expected, got = (forward(c, mlp, ACTIVATIONS[name], inputs, progress) for c in (base, grown))
+        if not bool(expected.isfinite().all()):
+            return Answer("probed", "not run", f"{mlp.block} of the base overflows float32 on random inputs")
         difference = float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))
         if not difference <= TOLERANCE:  # not a number is no agreement either
             findings.append(Finding(mlp.block, f"its output differs by {difference:.2g} of its size"))

@@ -137,9 +137,7 @@ def expected(real_gemma: Path) -> Any:
 @pytest.mark.transformers
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("growth", "shares", "policy"), LOADED)
-def test_logits_agree(
-    real_gemma: Path, out: Path, expected: Any, growth: str, shares: str, policy: str
-) -> None:
+def test_logits_agree(real_gemma: Path, out: Path, expected: Any, growth: str, shares: str, policy: str) -> None:
     """Stock transformers opens it without a word: float32 logits within 1e-3, every first token the same."""
     import torch
 
@@ -172,7 +170,12 @@ def test_verify_with_logits(real_gemma: Path, out: Path, growth: str, shares: st
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["inspect", "{gemma}"], ["expand", "{gemma}", "{out}", "--plan"], ["expand", "{gemma}", "{out}", "--plan", "--json"]],
+    [
+        ["--help"],
+        ["inspect", "{gemma}"],
+        ["expand", "{gemma}", "{out}", "--plan"],
+        ["expand", "{gemma}", "{out}", "--plan", "--json"],
+    ],
     ids=["help", "inspect", "plan", "plan as json"],
 )
 def test_quick_commands_import_nothing_heavy(real_gemma: Path, out: Path, arguments: list[str]) -> None:
