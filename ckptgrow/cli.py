@@ -163,6 +163,8 @@ def _bars(quiet: bool) -> Iterator[Any]:
         if stage not in bars:
             bars[stage] = tqdm(total=total, desc=stage, unit="B", unit_scale=True, file=sys.stderr, leave=False)
         bars[stage].update(done - bars[stage].n)
+        if done >= total:
+            bars[stage].close()
 
     try:
         yield show

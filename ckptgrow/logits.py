@@ -25,6 +25,7 @@ def compared(base: Path, grown: Path, text: Path) -> Answer:
         import transformers
     except ImportError:
         raise RequestError("--logits needs transformers", hint="pip install 'ckptgrow[verify]'") from None
+    transformers.utils.logging.disable_progress_bar()
     try:
         words = text.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

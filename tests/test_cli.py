@@ -144,12 +144,15 @@ def test_bars_only_for_a_terminal(base: Path, tmp_path: Path) -> None:
 
 def on_terminal(*arguments: object) -> str:
     """What a terminal on stderr gets to see."""
+    import fcntl
     import pty
+    import struct
+    import termios
 
     leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     command = [sys.executable, "-m", "ckptgrow", *(str(argument) for argument in arguments)]
-    env = {**os.environ, "COLUMNS": "100", "LINES": "40"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=follower, env=env) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=follower) as process:
         os.close(follower)
         seen = b""
         try:
