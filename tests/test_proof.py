@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptgrow.errors import PlanError
@@ -134,7 +134,12 @@ FAULTS: dict[str, tuple[dict[str, Any], str, Change, str]] = {
         "has the rows of unit 0 and a share of column 1",
     ),
     "columns one too far": ({"width": 6}, DOWN, terms(2, units=range(1, 3)), "rows of unit 0 and a share of column 1"),
-    "columns in another order": ({"width": 9}, DOWN, parts(list.reverse), "and a share of column"),
+    "columns in another order": (
+        {"width": 6},
+        DOWN,
+        parts(lambda p: p.insert(0, p.pop(1))),
+        "rows of unit 0 and a share of column 2",
+    ),
     "columns of another layer": ({}, DOWN, terms(1, name=DOWN.replace("0", "1")), ""),
     "columns of another layer everywhere": (
         {},
@@ -337,13 +342,12 @@ def test_permuted_copies_with_a_unit_lost_are_refused(units: list[int], data: st
 
 # ---------------------------------------------------------------- soundness
 
-Mutation = Callable[[Plan, Tiny, st.DataObject], Plan]
-
 
 def mutated(plan: Plan, base: Tiny, data: st.DataObject) -> Plan:
     """The Plan with one thing changed at random in one tensor of its first MLP."""
     names = sorted(base.architecture.mlps[0].tensors)
-    output = next(o for o in plan.outputs if o.name == data.draw(st.sampled_from(names)))
+    name = data.draw(st.sampled_from(names))
+    output = next(o for o in plan.outputs if o.name == name)
     which = data.draw(st.integers(0, len(output.parts) - 1))
     those = list(output.parts)
     act = data.draw(
@@ -384,7 +388,7 @@ def mutated(plan: Plan, base: Tiny, data: st.DataObject) -> Plan:
 @settings(LAW, max_examples=500)
 @given(st.data())
 def test_whatever_is_proved_is_the_same_function_when_it_is_run(data: st.DataObject) -> None:
-    """Soundness: a Plan changed at random is either refused or still right by a reading that shares no code."""
+    """Soundness: a Plan changed at random is refused with PlanError, or still right by a reading that shares no code."""
     base = data.draw(tinies)
     growth = data.draw(growths(base.architecture.width))
     plan = mutated(expand(base.infos, base.architecture, growth), base, data)
@@ -393,18 +397,6 @@ def test_whatever_is_proved_is_the_same_function_when_it_is_run(data: st.DataObj
     except PlanError:
         return
     assert same_function(plan, base)
-
-
-@settings(LAW, max_examples=200)
-@given(st.data())
-def test_most_random_changes_are_refused(data: st.DataObject) -> None:
-    """And where the changed Plan is another function, PlanError it is, never another exception."""
-    base = data.draw(tinies)
-    growth = data.draw(growths(base.architecture.width))
-    plan = mutated(expand(base.infos, base.architecture, growth), base, data)
-    assume(not same_function(plan, base))
-    with pytest.raises(PlanError):
-        proved(plan, base)
 
 
 # ---------------------------------------------------------------- shares
