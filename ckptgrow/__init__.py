@@ -5,20 +5,27 @@ The three verbs of the command line, with the same words:
     inspect(src)            what it is and whether it can grow
     expand(src, out, ...)   grow it; `plan_expand` says what that would do
     verify(base, grown)     are they the same function?
+
+Names are imported when they are first used, so that `ckptgrow --help` starts at once.
 """
 
-from ckptgrow.errors import (
-    CkptgrowError,
-    FamilyError,
-    FormatError,
-    HubError,
-    OutputError,
-    PlanError,
-    RequestError,
-)
-from ckptgrow.operations import expand, inspect, plan_expand, verify
-from ckptgrow.results import Expansion, Inspection, Proposal, Verification
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ckptgrow.version import __version__
+
+if TYPE_CHECKING:
+    from ckptgrow.errors import (
+        CkptgrowError,
+        FamilyError,
+        FormatError,
+        HubError,
+        OutputError,
+        PlanError,
+        RequestError,
+    )
+    from ckptgrow.operations import expand, inspect, plan_expand, verify
+    from ckptgrow.results import Expansion, Inspection, Proposal, Verification
 
 __all__ = [
     "CkptgrowError",
@@ -38,3 +45,16 @@ __all__ = [
     "plan_expand",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in ("errors", "operations", "results"):
+            room = import_module(f"ckptgrow.{module}")
+            if hasattr(room, name):
+                return getattr(room, name)
+    raise AttributeError(f"module 'ckptgrow' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,17 +10,19 @@ from ckptgrow.manifest import Manifest
 from ckptgrow.policy import POLICIES
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LICENCE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+# One entry of the front matter with its continuation lines.
+_LICENCE = re.compile(r"^(?:license|license_name|license_link):.*(?:\n(?:[ \t]|-).*)*", re.MULTILINE)
 
 
 def licence(readme: Path) -> tuple[str, ...]:
-    """The licence lines of a model card's front matter, as they stand there."""
+    """The licence entries of a model card's front matter, as they stand there."""
     try:
-        text = readme.read_text(encoding="utf-8")
+        text = readme.read_text(encoding="utf-8-sig")
     except (OSError, ValueError):
         return ()
-    front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    return tuple(f"{key}: {value}" for key, value in _LICENCE.findall(front[1])) if front else ()
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    entries = (entry.rstrip() for entry in _LICENCE.findall(front[1])) if front else ()
+    return tuple(entry for entry in entries if not entry.endswith(":"))
 
 
 def card(manifest: Manifest, licence_lines: tuple[str, ...]) -> str:
@@ -74,18 +76,21 @@ def _train(manifest: Manifest) -> Iterator[str]:
     yield ""
     yield (
         "Keep the weight decay at 0 and start with a fresh optimizer: decay and old momentum move weights whose"
-        " gradient is zero."
+        " gradient is zero. Train in float32, since bfloat16 rounds small steps away; saved in the dtype it came in,"
+        " the frozen part is the same bits again."
     )
 
 
 # Run by a test on a real grown checkpoint. `folder` is this one.
 SNIPPET = """
 import json
+from pathlib import Path
+
 import torch
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(folder)
-manifest = json.load(open(f"{folder}/ckptgrow.json"))
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+manifest = json.loads(Path(folder, "ckptgrow.json").read_text())
 boxes = {
     manifest["in_memory_names"].get(tensor["name"], tensor["name"]): tensor["boxes"]
     for tensor in manifest["trainable"]
@@ -100,6 +105,8 @@ def keep_only(boxes):
         return kept
     return hook
 
+missing = boxes.keys() - {name for name, _ in model.named_parameters()}
+assert not missing, f"this model does not have {missing}"
 for name, parameter in model.named_parameters():
     parameter.requires_grad_(name in boxes)
     if name in boxes:

@@ -21,6 +21,11 @@ def set_value(text: str, path: str, value: Any) -> str:
 
     Raises FormatError where the text is not a JSON object or an outer key of the path is missing.
     """
+    try:
+        if not isinstance(json.loads(text), dict):
+            raise FormatError("a JSON object was expected", file="config.json")
+    except ValueError as error:
+        raise FormatError(f"not valid JSON ({error})", file="config.json") from None
     *outer, key = path.split(".")
     start = _skip(text, 0)
     for name in outer:
@@ -57,7 +62,8 @@ def _added(text: str, start: int, members: dict[str, tuple[int, int]], key: str,
         return f"{text[: start + 1]}{json.dumps(key)}: {_dump(value, '')}{text[_skip(text, start + 1) :]}"
     first, last = list(members.values())[-1]
     indent = _indent_at(text, first)
-    separator = f"\n{indent}" if "\n" in text[start:first] else " "
+    newline = "\r\n" if "\r\n" in text else "\n"
+    separator = newline + indent if "\n" in text[start:first] else " "
     return f"{text[:last]},{separator}{json.dumps(key)}: {_dump(value, indent)}{text[last:]}"
 
 

@@ -15,24 +15,21 @@ together with their rounding errors, so "exactly" holds for every format.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ckptgrow.checkpoint import Bits, Checkpoint
 from ckptgrow.errors import FormatError
-from ckptgrow.families import Architecture, Mlp, Slot, scoped
+from ckptgrow.families import Architecture, Mlp, scoped
 from ckptgrow.numeric import Floats, decode
+from ckptgrow.units import Picked, Rows, Units, as_units, fast_digests, lanes, match, slow_digests, turns, unequal
 
 Verdict = Literal["yes", "no", "cannot tell", "not run"]
 Progress = Callable[[int], None]
-Digests = NDArray[Any]
-Units = NDArray[np.int64]
 
 BLOCK_BYTES = 1 << 20
 SHOWN = 20  # findings kept for an answer
@@ -69,7 +66,7 @@ def untouched(base: Checkpoint, grown: Checkpoint, architecture: Architecture, p
     findings += _config_changes(base, grown, architecture)
     unclear = [*_config_unclear(base, grown, architecture)]
     verdict: Verdict = "no" if findings else "cannot tell" if unclear else "yes"
-    same = sum(1 for name in shared) - sum(1 for finding in findings if finding.tensor in shared)
+    same = len(set(shared) - {finding.tensor for finding in findings})
     figure = f"{same:,} of {len(base.infos) - len(inside):,} tensors outside the MLPs are byte-identical"
     return Answer("untouched", verdict, figure, tuple((findings + unclear)[:SHOWN]))
 
@@ -144,11 +141,11 @@ def _config_changes(base: Checkpoint, grown: Checkpoint, architecture: Architect
 
 
 def _config_unclear(base: Checkpoint, grown: Checkpoint, architecture: Architecture) -> Iterator[Finding]:
-    """Keys that only one config has: the other uses a default that is not written anywhere here."""
+    """Keys that only one config has: transformers writes its defaults out when it saves, the Hub often does not."""
     mine, theirs = dict(_flat(base.config)), dict(_flat(grown.config))
     for key in sorted((mine.keys() ^ theirs.keys()) - {architecture.width_path}):
         where = "the base" if key in mine else "the grown one"
-        yield Finding("config.json", f"{key} stands only in {where}, so its value in the other is unknown")
+        yield Finding("config.json", f"{key} stands only in {where}: the other has a default that is not written here")
 
 
 def _config_width(grown: Checkpoint, architecture: Architecture, widths: set[int]) -> Iterator[Finding]:
@@ -160,15 +157,6 @@ def _config_width(grown: Checkpoint, architecture: Architecture, widths: set[int
 
 
 # ---------------------------------------------------------------- proved
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """One lane of a gate, up or bias in both checkpoints, seen as [outer, units, inner]."""
-
-    name: str
-    base: Bits
-    grown: Bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,18 +172,19 @@ def _prove(base: Checkpoint, grown: Checkpoint, mlp: Mlp, progress: Progress) ->
     misfits = list(_misfits(base, grown, mlp))
     if misfits:
         return _Proof(0, 0.0, tuple(misfits))
-    rows = [lane for name, slot in mlp.tensors.items() if name != mlp.down for lane in _lanes(base, grown, name, slot)]
-    copies, originals = _match(rows, _fast_digests)
-    wrong = _unequal(rows, copies, originals)
+    rows = [lane for name, slot in mlp.tensors.items() if name != mlp.down for lane in lanes(base, grown, name, slot)]
+    copies, originals = match(rows, fast_digests)
+    wrong = unequal(rows, copies, originals)
     if wrong is not None:  # the fast digest may collide: ask a slow one before saying no
-        copies, originals = _match(rows, _slow_digests)
-        wrong = _unequal(rows, copies, originals)
+        copies, originals = match(rows, slow_digests)
+        wrong = unequal(rows, copies, originals)
     for name in mlp.tensors:
         progress(base.infos[name].nbytes + grown.infos[name].nbytes)
     if wrong is not None:
-        return _Proof(len(copies), 0.0, (wrong,))
+        return _Proof(len(copies), 0.0, (Finding(wrong[0], f"unit {wrong[1]} equals no unit of the base"),))
     sums = _Sums(base, grown, mlp, copies, originals)
-    findings = [*_strangers(rows, copies, sums.unmatched()), *sums.findings()]
+    dtypes = {name: base.infos[name].dtype for name in mlp.tensors}
+    findings = [*_strangers(rows, dtypes, sums.unmatched()), *sums.findings()]
     return _Proof(len(copies), sums.error, tuple(findings))
 
 
@@ -205,9 +194,9 @@ def _misfits(base: Checkpoint, grown: Checkpoint, mlp: Mlp) -> Iterator[Finding]
     yield from (Finding(name, "it is missing") for name in missing)
     if missing:
         return
-    slots = mlp.tensors.items()
-    width = grown.infos[mlp.down].shape[mlp.tensors[mlp.down].axis] if grown.infos[mlp.down].shape else 0
-    for name, slot in slots:
+    shape, axis = grown.infos[mlp.down].shape, mlp.tensors[mlp.down].axis
+    width = shape[axis] if axis < len(shape) else 0
+    for name, slot in mlp.tensors.items():
         mine, its = base.infos[name], grown.infos[name]
         expected = tuple(width * len(slot.lanes) if i == slot.axis else n for i, n in enumerate(mine.shape))
         if its.shape != expected or its.dtype != mine.dtype:
@@ -215,104 +204,21 @@ def _misfits(base: Checkpoint, grown: Checkpoint, mlp: Mlp) -> Iterator[Finding]
             yield Finding(name, problem)
 
 
-def _lanes(base: Checkpoint, grown: Checkpoint, name: str, slot: Slot) -> Iterator[_Rows]:
-    mine, its = _as_units(base, name, slot), _as_units(grown, name, slot)
-    for i in range(len(slot.lanes)):
-        yield _Rows(name, _lane(mine, i, len(slot.lanes)), _lane(its, i, len(slot.lanes)))
-
-
-def _lane(bits: Bits, i: int, count: int) -> Bits:
-    width = bits.shape[1] // count
-    return bits[:, i * width : (i + 1) * width]
-
-
-def _as_units(checkpoint: Checkpoint, name: str, slot: Slot) -> Bits:
-    """A tensor as [outer, units, inner]."""
-    shape = checkpoint.infos[name].shape
-    outer = int(np.prod(shape[: slot.axis], dtype=np.int64))
-    return checkpoint.bits(name).reshape(outer, shape[slot.axis], -1)
-
-
-def _match(rows: list[_Rows], digests: Callable[[Bits], Digests]) -> tuple[Units, Units]:
-    """For each new unit the first base unit with the same digests, or -1; the same for the base's own units."""
-    width = rows[0].base.shape[1]
-    together = np.zeros(width + rows[0].grown.shape[1], np.uint64)
-    for lane in rows:  # an odd factor between tensors, so that equal digests of gate and up do not cancel
-        together *= np.uint64(0x9E3779B97F4A7C15)
-        together += np.concatenate([digests(lane.base), digests(lane.grown)])
-    _, first, classes = np.unique(together, return_index=True, return_inverse=True)
-    earliest = first[classes]
-    copies = np.where(earliest[width:] < width, earliest[width:], -1)
-    return copies.astype(np.int64), earliest[:width].astype(np.int64)
-
-
-def _fast_digests(bits: Bits) -> Digests:
-    """64 bits for each unit: its words times random odd numbers, added up modulo 2^64."""
-    outer, units, inner = bits.shape
-    random = np.random.Generator(np.random.Philox(key=0x636B707467726F77))
-    if outer == 1 and inner * bits.itemsize % 8 == 0:
-        words = bits[0].view("<u8")
-        factors = random.integers(0, 2**64, words.shape[1], np.uint64) | np.uint64(1)
-        step = max(1, BLOCK_BYTES // max(1, inner * bits.itemsize))
-        return np.concatenate([words[i : i + step] @ factors for i in range(0, units, step)])
-    total = np.zeros(units, np.uint64)
-    step = max(1, BLOCK_BYTES // max(1, units * 8))
-    flat = bits.transpose(0, 2, 1) if inner > 1 else bits.reshape(outer, 1, units)
-    for slices in flat:
-        for i in range(0, inner, step):
-            some = slices[i : i + step].astype(np.uint64)
-            total += (random.integers(0, 2**64, len(some), np.uint64) | np.uint64(1)) @ some
-    return total
-
-
-def _slow_digests(bits: Bits) -> Digests:
-    """64 cryptographic bits for each unit."""
-    strong = (hashlib.blake2b(bits[:, unit].tobytes(), digest_size=8).digest() for unit in range(bits.shape[1]))
-    return np.frombuffer(b"".join(strong), "<u8")
-
-
-def _unequal(rows: list[_Rows], copies: Units, originals: Units) -> Finding | None:
-    """A unit whose rows are not those of the unit that its digest names; None if there is none."""
-    for lane in rows:
-        doubles = np.flatnonzero(originals != np.arange(len(originals)))
-        for bits, units, sources in (
-            (lane.grown, np.flatnonzero(copies >= 0), copies[copies >= 0]),
-            (lane.base, doubles, originals[doubles]),
-        ):
-            unit = _first_difference(bits, units, lane.base, sources)
-            if unit is not None:
-                return Finding(lane.name, f"unit {unit} equals no unit of the base")
-    return None
-
-
-def _first_difference(one: Bits, units: Units, other: Bits, sources: Units) -> int | None:
-    outer, _, inner = one.shape
-    step = max(1, BLOCK_BYTES // max(1, outer * inner * one.itemsize))
-    for i in range(0, len(units), step):
-        some, theirs = _span(units[i : i + step]), _span(sources[i : i + step])
-        same = (one[:, some] == other[:, theirs]).all(axis=(0, 2))
-        if not same.all():
-            return int(units[i + int(np.flatnonzero(~same)[0])])
-    return None
-
-
-def _span(picked: Units) -> slice | Units:
-    """A slice where the units follow one another, which reads without a copy."""
-    if len(picked) and (np.diff(picked) == 1).all():
-        return slice(int(picked[0]), int(picked[-1]) + 1)
-    return picked
-
-
-def _strangers(rows: list[_Rows], copies: Units, strangers: Units) -> Iterator[Finding]:
+def _strangers(rows: list[Rows], dtypes: Mapping[str, str], strangers: Units) -> Iterator[Finding]:
     """New units that carry weight in down and equal no base unit: in which tensor, and by how much."""
+    owners = [match([lane], fast_digests)[0] for lane in rows] if len(strangers) else []
     for unit in strangers[:SHOWN]:
-        alone = [(lane, _match([lane], _fast_digests)[0]) for lane in rows]
-        lost = [lane.name for lane, found in alone if found[unit] < 0]
-        if lost:
-            yield from (Finding(name, f"the row of unit {unit} is in no unit of the base") for name in lost)
-        else:
-            owners = ", ".join(f"{lane.name} unit {found[unit]}" for lane, found in alone)
-            yield Finding(rows[0].name, f"unit {unit} mixes rows of different base units: {owners}")
+        others = {int(owner[unit]) for owner in owners} - {-1}
+        lost = [lane for lane, owner in zip(rows, owners, strict=True) if owner[unit] < 0]
+        for lane in lost:
+            problem = f"the row of unit {unit} is in no unit of the base"
+            if len(others) == 1:
+                (original,) = others
+                problem += f"; it is {lane.apart(unit, original, dtypes[lane.name])!r} from unit {original}'s"
+            yield Finding(lane.name, problem)
+        if not lost:
+            told = ", ".join(f"{lane.name} unit {owner[unit]}" for lane, owner in zip(rows, owners, strict=True))
+            yield Finding(rows[0].name, f"unit {unit} mixes rows of different base units: {told}")
     if len(strangers) > SHOWN:
         yield Finding(rows[0].name, f"and {len(strangers) - SHOWN:,} more units")
 
@@ -323,9 +229,9 @@ class _Sums:
     def __init__(self, base: Checkpoint, grown: Checkpoint, mlp: Mlp, copies: Units, originals: Units) -> None:
         self.name, slot = mlp.down, mlp.tensors[mlp.down]
         self.dtype, self.copies = base.infos[mlp.down].dtype, copies
-        self._mine, self._its = _as_units(base, mlp.down, slot), _as_units(grown, mlp.down, slot)
-        self._originals = list(_turns(originals))
-        self._copies = list(_turns(copies))
+        self._mine, self._its = as_units(base, mlp.down, slot), as_units(grown, mlp.down, slot)
+        self._originals = list(turns(originals))
+        self._copies = list(turns(copies))
         self._lost = np.flatnonzero(copies < 0)
         self._heavy = np.zeros(len(self._lost), bool)
         self.errors = np.zeros(len(originals))
@@ -377,35 +283,29 @@ class _Sums:
         np.maximum(self.errors, off.max(axis=(0, 2), initial=0.0), out=self.errors)
 
 
-def _turns(owners: Units) -> Iterator[tuple[slice | Units, slice | Units]]:
-    """(units, their base units): in each turn a base unit is met at most once, so that sums can be made at once."""
-    members = np.flatnonzero(owners >= 0)
-    order = members[np.argsort(owners[members], kind="stable")]
-    owned = owners[order]
-    starts = np.flatnonzero(np.diff(owned, prepend=-1))
-    turn = np.arange(len(owned)) - np.repeat(starts, np.diff(np.append(starts, len(owned))))
-    for i in range(int(turn.max(initial=-1)) + 1):
-        yield _span(order[turn == i]), _span(owned[turn == i])
-
-
 class _Exact:
-    """Running sums in float64 with their rounding errors kept (Knuth's two-sum)."""
+    """Running sums held as two float64, value and rounding error (Knuth's two-sum); `lost` where even that is short."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.high, self.low = np.zeros(shape), np.zeros(shape)
+        self.high, self.low, self.lost = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
 
-    def add_turns(self, values: Floats, turns: Iterable[tuple[slice | Units, slice | Units]]) -> None:
+    def add_turns(self, values: Floats, turns: Iterable[tuple[Picked, Picked]]) -> None:
         for units, owners in turns:
-            self._add(values[:, units], owners)
-
-    def _add(self, term: Floats, owners: slice | Units) -> None:
-        old = self.high[:, owners]
-        new = old + term
-        back = new - old
-        self.low[:, owners] += (old - (new - back)) + (term - back)
-        self.high[:, owners] = new
+            self.high[:, owners], error = _two_sum(self.high[:, owners], values[:, units])
+            if error.any():
+                self.low[:, owners], error = _two_sum(self.low[:, owners], error)
+                self.lost[:, owners] |= error != 0
 
     def minus(self, other: _Exact) -> Floats:
-        """|self - other|, zero only where they are equal."""
-        difference: Floats = np.abs((self.high - other.high) + (self.low - other.low))
-        return difference
+        """|self - other|: zero only where the two are equal in real arithmetic and nothing was lost."""
+        (high, low), (their_high, their_low) = _two_sum(self.high, self.low), _two_sum(other.high, other.low)
+        equal = (high == their_high) & (low == their_low) & ~self.lost & ~other.lost
+        difference = np.abs((high - their_high) + (low - their_low))
+        return np.where(equal, 0.0, np.maximum(difference, np.finfo(np.float64).tiny))
+
+
+def _two_sum(one: Floats, other: Floats) -> tuple[Floats, Floats]:
+    """(the rounded sum, its rounding error): together exactly the sum."""
+    total: Floats = one + other
+    back = total - one
+    return total, (one - (total - back)) + (other - back)

@@ -75,7 +75,8 @@ class Family:
     width: str = "intermediate_size"
     depth: str = "num_hidden_layers"
     hidden: str = "hidden_size"
-    activation: tuple[str, ...] = ("hidden_activation", "hidden_act")
+    activation: str = "hidden_act"
+    default_activation: str = "silu"  # where the config does not say
     norm_after: bool = False  # a norm follows the MLP: outputs cannot see the scale of down (METHOD.md 8)
     embedding: str = "embed_tokens.weight"
     in_memory: tuple[tuple[str, str], ...] = ()  # prefix on disk -> prefix in a transformers model
@@ -84,6 +85,7 @@ class Family:
 # ---------------------------------------------------------------- the table
 
 GLU = linear(gate="gate_proj", up="up_proj", down="down_proj")
+TANH_GELU = "gelu_pytorch_tanh"
 FUSED_GLU = linear(gate_up="gate_up_proj", down="down_proj")
 
 FAMILIES: Mapping[str, Family] = {
@@ -91,13 +93,15 @@ FAMILIES: Mapping[str, Family] = {
     for family in (
         Family("cohere", GLU),
         Family("cohere2", GLU),
-        Family("gemma", GLU),
-        Family("gemma2", GLU, norm_after=True),
-        Family("gemma3_text", GLU, norm_after=True),
+        Family("gemma", GLU, default_activation=TANH_GELU),
+        Family("gemma2", GLU, activation="hidden_activation", default_activation=TANH_GELU, norm_after=True),
+        Family("gemma3_text", GLU, activation="hidden_activation", default_activation=TANH_GELU, norm_after=True),
         Family(
             "gemma3",
             GLU,
             scope="text_config",
+            activation="hidden_activation",
+            default_activation=TANH_GELU,
             norm_after=True,
             in_memory=(("language_model.model.", "model.language_model."),),
         ),
@@ -106,14 +110,15 @@ FAMILIES: Mapping[str, Family] = {
             linear(up="c_fc", down="c_proj"),
             stem="h.{layer}.mlp",
             depth="num_layers",
-            activation=("activation_function",),
+            activation="activation_function",
+            default_activation="gelu_new",
             embedding="wte.weight",
         ),
         Family("granite", GLU),
         Family("llama", GLU),
         Family("mistral", GLU),
         Family("olmo2", GLU, norm_after=True),
-        Family("phi", linear(up="fc1", down="fc2")),
+        Family("phi", linear(up="fc1", down="fc2"), default_activation="gelu_new"),
         Family("phi3", FUSED_GLU),
         Family("qwen2", GLU),
         Family("qwen3", GLU),
@@ -211,13 +216,14 @@ def in_memory_name(family: Family, name: str) -> str:
     return name
 
 
-def ties(family: Family, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
+def ties(config: Mapping[str, Any], family: Family, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Tensors that are not on disk because they are another one: {"lm_head.weight": the embedding's name}."""
     head = "lm_head.weight"
-    if any(name == head or name.endswith("." + head) for name in infos):
+    untied = False in (config.get("tie_word_embeddings"), scoped(config, family).get("tie_word_embeddings"))
+    if untied or any(name == head or name.endswith("." + head) for name in infos):
         return {}
     embeddings = [name for name in infos if name == family.embedding or name.endswith("." + family.embedding)]
-    return dict.fromkeys([head], embeddings[0]) if embeddings else {}
+    return {head: embeddings[0]} if embeddings else {}
 
 
 def _check_not_quantised(config: Mapping[str, Any], scope: Mapping[str, Any]) -> None:
@@ -239,7 +245,7 @@ def _by_layer(found: tuple[tuple[str, int], Any]) -> tuple[str, int]:
 def _group(family: Family, infos: Mapping[str, TensorInfo]) -> dict[tuple[str, int], list[str]]:
     """All tensors that lie inside one of the family's blocks, by (block, layer)."""
     stem = re.escape(family.stem).replace(re.escape("{layer}"), r"(?P<layer>\d+)")
-    pattern = re.compile(rf"(?P<block>(?:.+\.)?{stem})\.(?P<slot>.+)")
+    pattern = re.compile(rf"(?P<block>(?:.+\.)?{stem})\.(?P<slot>.+)", re.DOTALL)
     wanted = {slot.name for slot in family.template.slots}
     found: dict[tuple[str, int], list[str]] = defaultdict(list)
     blocks = set()
@@ -288,7 +294,8 @@ def _measured(block: str, layer: int, tensors: Mapping[str, Slot], infos: Mappin
             )
         units = info.shape[slot.axis] // len(slot.lanes)
         other = None if slot.bias else info.shape[1 - slot.axis]
-        width, hidden = width or units, hidden or other
+        width = units if width is None else width
+        hidden = other if hidden is None else hidden
         if units != width or other not in (None, hidden):
             raise FamilyError(
                 f"shape {list(info.shape)} contradicts the width {width} and hidden size {hidden} of its MLP",
@@ -328,13 +335,19 @@ def _check_same_slots(first: Mlp, mlp: Mlp) -> None:
 
 def _check_depth(family: Family, scope: Mapping[str, Any], mlps: tuple[Mlp, ...]) -> None:
     """Layers counted from 0 without a hole, as many as the config says, where it says so."""
-    depth = scope.get(family.depth)
-    expected = depth if isinstance(depth, int) else len(mlps)
-    present = {mlp.layer for mlp in mlps}
-    for layer in range(max(expected, len(mlps))):
-        if layer not in present:
-            block = mlps[0].block.removesuffix(family.stem.format(layer=mlps[0].layer)) + family.stem.format(
-                layer=layer
+    depth, present = scope.get(family.depth), [mlp.layer for mlp in mlps]
+    says = depth if isinstance(depth, int) else len(mlps)
+    for layer in range(max(says, max(present) + 1)):
+        if layer < says and layer not in present:
+            why = f"{family.depth} is {depth}" if isinstance(depth, int) else "later layers are there"
+            raise FamilyError(f"it is missing, but {why}", tensor=_name_in(family, mlps[0], layer))
+        if layer >= says and layer in present:
+            raise FamilyError(
+                f"{family.depth} is {depth}, so no loader reads it", tensor=_name_in(family, mlps[0], layer)
             )
-            wanted = f"{family.depth} is {depth}" if layer < expected else "later layers are there"
-            raise FamilyError(f"it is missing, but {wanted}", tensor=f"{block}.{family.template.slots[0].name}")
+
+
+def _name_in(family: Family, mlp: Mlp, layer: int) -> str:
+    """The first tensor of another layer's MLP in the same stack."""
+    stack = mlp.block.removesuffix(family.stem.format(layer=mlp.layer))
+    return f"{stack}{family.stem.format(layer=layer)}.{family.template.slots[0].name}"

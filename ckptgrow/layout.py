@@ -73,4 +73,4 @@ def _index(source: Mapping[str, Any], plan: Plan) -> str:
     metadata["total_size"] = sum(output.info.nbytes for output in plan.outputs)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(output.info.elements for output in plan.outputs)
-    return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(index, indent=2) + "\n"

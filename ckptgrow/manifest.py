@@ -156,7 +156,7 @@ def describe(
         trainable=grown.trainable,
         counts=grown.counts,
         inexact_halves=inexact,
-        ties=ties(family, base.infos),
+        ties=ties(base.config, family, base.infos),
         in_memory_names={disk: memory for disk, memory in renamed.items() if disk != memory},
         history=history(base),
     )

@@ -28,7 +28,7 @@ from ckptgrow.hub import Origin, fetch, preview
 from ckptgrow.layout import INDEX, Layout, lay
 from ckptgrow.manifest import CONFIG_KEY, Grown, Manifest, describe, history, identify, read_mask
 from ckptgrow.policy import ShareChoice, rule_for, shares
-from ckptgrow.proof import prove
+from ckptgrow.proof import prove, prove_marks
 from ckptgrow.results import Block, Expansion, Inspection, Proposal, Verification
 from ckptgrow.staging import Staging, check_apart, check_space, check_target, free_bytes
 from ckptgrow.surgery import BASE, Growth
@@ -96,7 +96,12 @@ def expand(
         origin = fetch(src, progress=progress is not None)
         job = _prepare(origin, open_checkpoint(origin.folder), target, growth)
     with Staging(target, job.identity, resume=resume) as staging:
-        inexact = write_shards(job.layout, {BASE: job.base}, staging, _Meter(report, "writing", sum(shard.nbytes for shard in job.layout.shards)))
+        inexact = write_shards(
+            job.layout,
+            {BASE: job.base},
+            staging,
+            _Meter(report, "writing", sum(shard.nbytes for shard in job.layout.shards)),
+        )
         manifest = _write_rest(job, staging, inexact)
         verification = _verified(job, staging.folder, target, report) if verify else None
         staging.commit()
@@ -181,7 +186,7 @@ def _inspection(origin: Origin, base: Checkpoint, architecture: Architecture | N
         bytes=base.tensor_bytes,
         shards=len(base.shards),
         dtypes=dict(dtypes.most_common()),
-        ties=ties(family, base.infos) if family else {},
+        ties=ties(base.config, family, base.infos) if family else {},
         grown_before=len(history(base)),
     )
 
@@ -197,7 +202,8 @@ def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Jo
     architecture = locate(base.config, base.infos)
     history(base)
     plan = plan_growth(base.infos, architecture, growth)
-    prove(plan, base.infos)
+    prove(plan, base.infos, architecture)
+    prove_marks(plan, architecture)
     layout = lay(plan, base.headers, base.infos, base.index)
     grown = read_mask(plan, base, architecture, growth)
     copied, left_out = base.companions()

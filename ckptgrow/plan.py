@@ -139,12 +139,11 @@ class Output:
         for i, name in enumerate(names):
             yield name, i * self.extent // len(names), (i + 1) * self.extent // len(names)
 
-    def is_copy_of(self, source: TensorInfo) -> bool:
-        """Whether this output is that tensor unchanged: same name, dtype, shape and bytes."""
-        if (self.name, self.dtype, self.shape) != (source.name, source.dtype, source.shape) or len(self.parts) != 1:
+    def is_copy_of(self, info: TensorInfo, source: str = "base") -> bool:
+        """Whether this output is that tensor of `source` unchanged: same name, dtype, shape and bytes."""
+        if (self.name, self.dtype, self.shape) != (info.name, info.dtype, info.shape) or len(self.parts) != 1:
             return False
-        term = self.parts[0].bytes_of
-        return term is not None and term.name == source.name and term.units == range(self.extent)
+        return self.parts[0].bytes_of == Term(source, info.name, range(self.extent))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +173,7 @@ class Plan:
                 raise error.at(tensor=output.name) from None
 
     def to_json(self) -> dict[str, Any]:
-        """The whole Plan as JSON values; units are [start, stop] ranges or lists of picked units."""
+        """The whole Plan as JSON values; units are [start, stop] ranges or {"picked": [...]}."""
         return {
             "outputs": [_output_json(output) for output in self.outputs],
             "config": {edit.path: edit.value for edit in self.config},
@@ -204,6 +203,8 @@ def _check_output(output: Output, sources: Sources) -> None:
     if sum(part.size for part in output.parts) != output.extent:
         raise PlanError(f"the parts do not fill the axis of {output.extent}")
     for part in output.parts:
+        if part.size < 0:
+            raise PlanError(f"a part of size {part.size}")
         for term in part.terms:
             _check_term(output, part, term, sources)
 

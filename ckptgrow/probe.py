@@ -39,7 +39,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 def probed(base: Checkpoint, grown: Checkpoint, architecture: Architecture, progress: Progress) -> Answer:
     """The largest relative difference of an MLP's output on 8 random inputs of unit size, over all MLPs."""
     name = activation_name(scoped(base.config, architecture.family), architecture)
-    if name is None or name not in ACTIVATIONS:
+    if name not in ACTIVATIONS:
         return Answer("probed", "not run", f"the activation {name!r} is not known here")
     worst, findings = 0.0, []
     for mlp in architecture.mlps:
@@ -57,10 +57,10 @@ def probed(base: Checkpoint, grown: Checkpoint, architecture: Architecture, prog
     return Answer("probed", "no" if findings else "yes", figure, tuple(findings))
 
 
-def activation_name(config: Mapping[str, Any], architecture: Architecture) -> str | None:
-    """What the config calls the activation; the first of the family's keys that holds one."""
-    names = (config.get(key) for key in architecture.family.activation)
-    return next((name for name in names if isinstance(name, str)), None)
+def activation_name(config: Mapping[str, Any], architecture: Architecture) -> str:
+    """What the config calls the activation, or the family's default where it does not say."""
+    name = config.get(architecture.family.activation)
+    return name if isinstance(name, str) else architecture.family.default_activation
 
 
 def _inputs(mlp: Mlp) -> Tensor:

@@ -1,20 +1,22 @@
-"""The promise, checked on the Plan alone: M·S = I for every MLP (METHOD.md 1).
+"""The promise, checked on the Plan before a byte is written: M·S = I for every MLP (METHOD.md 1).
 
 S says which base unit each new unit copies; all of gate, up and their biases must agree on it. M says which shares of
 which columns of down each new unit gets. The grown function is the base function for every input if and only if the
 shares that meet at a unit are exactly all the shares of that unit, and no column meets another unit's activation.
-Everything is done on ranges of units and symbolic shares: no weight is read.
+Everything is done on ranges of units and symbolic shares: no weight is read. What belongs to which MLP is taken from
+the architecture found in the base, not from the Plan's own labels, which are checked.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 from ckptgrow.errors import PlanError
+from ckptgrow.families import Architecture, Mlp
 from ckptgrow.plan import Output, Part, Plan, Share, Term
 from ckptgrow.tensors import TensorInfo
 
@@ -28,18 +30,60 @@ class Run:
     unit: int
 
 
-def prove(plan: Plan, base: Mapping[str, TensorInfo]) -> int:
+def prove(plan: Plan, base: Mapping[str, TensorInfo], architecture: Architecture) -> int:
     """Raise PlanError unless the Plan keeps the base's function; return how many base units were proved."""
     plan.check({"base": base})
-    blocks: dict[str, list[Output]] = defaultdict(list)
-    for output in plan.outputs:
-        if output.member:
-            blocks[output.member.block].append(output)
-        elif output.name not in base or not output.is_copy_of(base[output.name]):
-            raise PlanError("it is in no MLP, and yet it would change", tensor=output.name)
-    for name in base.keys() - {output.name for output in plan.outputs}:
+    outputs = {output.name: output for output in plan.outputs}
+    for name in base.keys() - outputs.keys():
         raise PlanError("the Plan loses it", tensor=name)
-    return sum(_prove_block(outputs, base) for outputs in blocks.values())
+    inside = {name for mlp in architecture.mlps for name in mlp.tensors}
+    for name, output in outputs.items():
+        if name not in inside and (name not in base or output.member or not output.is_copy_of(base[name])):
+            raise PlanError("it is in no MLP, and yet it would change", tensor=name)
+    widths = {_prove_mlp(outputs, mlp, base) for mlp in architecture.mlps}
+    _prove_config(plan, architecture, widths)
+    return sum(mlp.width for mlp in architecture.mlps)
+
+
+def _prove_config(plan: Plan, architecture: Architecture, widths: set[int]) -> None:
+    """config.json must say the one width that all MLPs have."""
+    edits = {edit.path: edit.value for edit in plan.config}
+    says = edits.pop(architecture.width_path, architecture.width)
+    if edits or widths != {says}:
+        raise PlanError(
+            f"config.json would say {says} and change {sorted(edits)}, the MLPs have width {sorted(widths)}"
+        )
+
+
+def _prove_mlp(outputs: Mapping[str, Output], mlp: Mlp, base: Mapping[str, TensorInfo]) -> int:
+    """M·S = I for one MLP; returns its new width."""
+    if all(outputs[name].is_copy_of(base[name]) for name in mlp.tensors):
+        return mlp.width
+    for name in mlp.tensors:
+        if outputs[name].member != mlp.member(name) or outputs[name].dtype != base[name].dtype:
+            raise PlanError("it does not stay what it is in its MLP", tensor=name)
+    down = outputs[mlp.down]
+    agreed = {picks(outputs[name], base): name for name in mlp.tensors if name != mlp.down}
+    if len(agreed) != 1:
+        raise PlanError(f"these copy different units: {', '.join(agreed.values())}")
+    (runs,) = agreed
+    try:
+        _prove_shares(down, runs, mlp.width)
+    except PlanError as error:
+        raise error.at(tensor=down.name) from None
+    return down.extent
+
+
+def prove_marks(plan: Plan, architecture: Architecture) -> None:
+    """Raise PlanError unless marked as grown, in each lane of each MLP, is exactly what lies behind the old width.
+
+    The freeze mask is read from these marks.
+    """
+    widths = {name: mlp.width for mlp in architecture.mlps for name in mlp.tensors}
+    for output in plan.outputs:
+        behind = tuple((start + widths[output.name], stop) for _, start, stop in output.lanes())
+        if output.grown() != behind:
+            raise PlanError(f"marked as grown is {output.grown()}, new is {behind}", tensor=output.name)
 
 
 def picks(output: Output, base: Mapping[str, TensorInfo]) -> tuple[Run, ...]:
@@ -82,24 +126,17 @@ def _stretches(term: Term) -> Iterator[tuple[int, int, int]]:
         yield from ((i, i + 1, unit) for i, unit in enumerate(term.units))
 
 
-def _prove_block(outputs: Iterable[Output], base: Mapping[str, TensorInfo]) -> int:
-    """M·S = I for one MLP."""
-    (down,) = [output for output in outputs if output.member and output.member.lanes == ("down",)]
-    agreed = {picks(output, base): output for output in outputs if output is not down}
-    if len(agreed) != 1:
-        names = ", ".join(output.name for output in agreed.values())
-        raise PlanError(f"these copy different units: {names}")
-    ((runs, _),) = agreed.items()
-    try:
-        return _prove_shares(down, runs, base[down.name].shape[down.axis])
-    except PlanError as error:
-        raise error.at(tensor=down.name) from None
-
-
-def _prove_shares(down: Output, runs: tuple[Run, ...], units: int) -> int:
+def _prove_shares(down: Output, runs: tuple[Run, ...], units: int) -> None:
+    """All shares of each unit's column, each beside its own unit's rows, and nothing else."""
+    if down.extent != runs[-1].stop:
+        raise PlanError(f"{down.extent} columns for {runs[-1].stop} units")
     met: dict[tuple[int, int], list[Term]] = defaultdict(list)
     for start, part in down.placed():
+        if len(part.terms) > 1:
+            raise PlanError("a sum of shares may be rounded when it is written")
         for term in part.terms:
+            if term.name != down.name:
+                raise PlanError(f"a share of another tensor, {term.name}")
             for stretch in _stretches(term):
                 for span in _aligned(stretch, start, runs):
                     met[span].append(term)
@@ -111,19 +148,20 @@ def _prove_shares(down: Output, runs: tuple[Run, ...], units: int) -> int:
     for i, (low, high) in enumerate(pairwise(cuts)):
         if not adds_to_one(terms[i]):
             raise PlanError(f"the shares of units {low} to {high - 1} do not add up to the whole")
-    return units
 
 
 def _aligned(stretch: tuple[int, int, int], start: int, runs: tuple[Run, ...]) -> Iterator[tuple[int, int]]:
     """The base units [first, last) of one stretch of columns; each must meet its own unit's activation."""
     begin, end, unit = start + stretch[0], start + stretch[1], stretch[2]
-    for run in runs:
+    for i in range(bisect_right(runs, begin, key=lambda run: run.start) - 1, len(runs)):
+        run = runs[i]
         low, high = max(begin, run.start), min(end, run.stop)
-        if low < high:
-            column, row = unit + low - begin, run.unit + low - run.start
-            if column != row:
-                raise PlanError(f"new unit {low} has the rows of unit {row} and a share of column {column}")
-            yield column, column + high - low
+        if low >= high:
+            return
+        column, row = unit + low - begin, run.unit + low - run.start
+        if column != row:
+            raise PlanError(f"new unit {low} has the rows of unit {row} and a share of column {column}")
+        yield column, column + high - low
 
 
 def adds_to_one(terms: Iterable[Term]) -> bool:

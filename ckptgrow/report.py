@@ -29,7 +29,9 @@ def expansion(done: Expansion) -> str:
 def verification(result: Verification) -> str:
     """What `ckptgrow verify` prints: a line for each answer, its findings below, the verdict last."""
     lines = [line for answer in result.answers for line in _answer(answer)]
-    return "\n".join([*lines, f"{result.grown}: {_VERDICTS[result.exit_code]}"])
+    skipped = [answer.name for answer in result.answers if answer.verdict == "not run"]
+    how = f" (proved on the weights, {' and '.join(skipped)} not run)" if skipped and result.same else ""
+    return "\n".join([*lines, f"{result.grown}: {_VERDICTS[result.exit_code]}{how}"])
 
 
 def size(nbytes: int) -> str:

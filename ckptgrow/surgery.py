@@ -47,7 +47,7 @@ class Growth:
         """The width after growing from `old`, rounded up to the asked multiple."""
         wanted = self.width if self.width is not None else (self.factor or 2) * old
         rounded = -(-wanted // self.multiple_of) * self.multiple_of
-        if rounded <= old:
+        if wanted <= old:
             raise RequestError(f"--width {wanted} is not above the present width {old}")
         return rounded
 

@@ -111,7 +111,11 @@ def parse_header(text: bytes, body_bytes: int) -> Header:
     Raises FormatError for anything that is not a gapless, complete, in-bounds description of the body.
     """
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique) if text[:1] == b"{" else None
+        entries = (
+            json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_int=_natural)
+            if text[:1] == b"{"
+            else None
+        )
     except (ValueError, RecursionError) as error:
         raise FormatError(f"the safetensors header is not valid JSON ({error})") from None
     if not isinstance(entries, dict):
@@ -125,6 +129,9 @@ def parse_header(text: bytes, body_bytes: int) -> Header:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
+        key.encode()  # ValueError for half a surrogate pair
+        if isinstance(value, str):
+            value.encode()
         if key in seen:
             raise FormatError("named twice in the header", tensor=key)
         seen[key] = value
@@ -141,16 +148,34 @@ def _tensor(name: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError("its header entry is not {dtype, shape, data_offsets}", tensor=name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise FormatError(f"unknown dtype {dtype!r}", tensor=name)
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise FormatError("shape and data_offsets must be lists of whole numbers", tensor=name)
     info = TensorInfo(name, dtype, tuple(shape), offsets[0], offsets[1])
+    if not _counts(shape, DTYPE_BITS[dtype]):
+        raise FormatError("its shape is too large", tensor=name)
     if info.elements * DTYPE_BITS[dtype] % 8 or info.stop - info.start != info.nbytes:
         raise FormatError(
             f"{dtype} {list(shape)} does not fill its {info.stop - info.start:,} bytes in the file", tensor=name
         )
     return info
+
+
+def _natural(digits: str) -> int | float:
+    """A whole number as the library takes it: no minus zero, 64 bits; anything else is a float, and refused as one."""
+    number = int(digits)
+    return number if 0 <= number < 2**64 and digits[0] != "-" else float(digits)
+
+
+def _counts(shape: list[int], bits: int) -> bool:
+    """Whether the product, taken from the left, and its bits fit 64 bits at each step."""
+    total = 1
+    for size in shape:
+        total *= size
+        if total >= 2**64:
+            return False
+    return total * bits < 2**64
 
 
 def _naturals(value: Any) -> bool:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import checkpoints
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import checkpoints
 from ckptgrow.families import FAMILIES, Architecture, Family, locate
 from ckptgrow.plan import Output, Plan, Share, Term
 from ckptgrow.policy import POLICIES
@@ -34,7 +34,7 @@ awkward_names = st.sampled_from(
 )
 tensor_names = names | awkward_names
 shapes = st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=3).map(tuple)
-metadata = st.just({}) | st.dictionaries(tensor_names, tensor_names, min_size=1, max_size=1)
+metadata = st.dictionaries(tensor_names, tensor_names, max_size=1)
 
 
 @st.composite

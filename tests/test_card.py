@@ -12,12 +12,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import jsonschema
 import pytest
 import torch
 import yaml
 
-import checkpoints
 import ckptgrow
 from ckptgrow.card import SNIPPET, card, licence
 from ckptgrow.checkpoint import CARD, MANIFEST

@@ -1,4 +1,4 @@
-"""families.py: every declared family is found in a tiny checkpoint, and whatever contradicts its declaration is refused."""
+"""families.py: every declared family is found in a tiny checkpoint; what contradicts its declaration is refused."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import checkpoints
+import pytest
+from strategies import Infos, config_of, infos_of
+
 from ckptgrow.checkpoint import open_checkpoint
 from ckptgrow.errors import FamilyError
 from ckptgrow.families import FAMILIES, REFUSED, Family, Slot, family_of, in_memory_name, linear, locate, ties
 from ckptgrow.proof import prove
 from ckptgrow.surgery import Growth, expand
 from ckptgrow.tensors import TensorInfo
-from strategies import Infos, config_of, infos_of
 
 Config = dict[str, Any]
 PREFIXES = ("model.", "", "language_model.model.", "transformer.")
@@ -112,7 +112,7 @@ def test_a_family_is_one_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
         depth="n_layers",
         hidden="dim",
     )
-    monkeypatch.setitem(FAMILIES, "newcomer", family)  # type: ignore[arg-type]
+    monkeypatch.setitem(FAMILIES, "newcomer", family)
     infos = infos_of(family, bias=True, prefix="net.")
     found = locate(config_of(family), infos)
     assert found.mlps[1].tensors == {
@@ -122,7 +122,7 @@ def test_a_family_is_one_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     plan = expand(infos, found, Growth(factor=3))
     assert plan.config[0].path == "llm.ffn_dim"
-    assert prove(plan, infos) == 8
+    assert prove(plan, infos, found) == 8
 
 
 def test_templates() -> None:
@@ -167,9 +167,9 @@ def test_names_in_memory() -> None:
 def test_a_missing_head_is_the_embedding(prefix: str) -> None:
     """Tied models have no lm_head on disk."""
     family = FAMILIES["llama"]
-    assert ties(family, infos_of(family, prefix=prefix)) == {"lm_head.weight": prefix + "embed_tokens.weight"}
-    assert ties(family, infos_of(family, prefix=prefix, tied=False)) == {}
-    assert ties(family, {"x": TensorInfo("x", "F32", ())}) == {}
+    assert ties({}, family, infos_of(family, prefix=prefix)) == {"lm_head.weight": prefix + "embed_tokens.weight"}
+    assert ties({}, family, infos_of(family, prefix=prefix, tied=False)) == {}
+    assert ties({}, family, {"x": TensorInfo("x", "F32", ())}) == {}
 
 
 # ---------------------------------------------------------------- what is refused
@@ -189,14 +189,16 @@ def refusal(change: Callable[[Config, Infos], Any], model_type: str = "llama", l
     return caught.value
 
 
-def shaped(infos: Infos, *shape: int, names: tuple[str, ...]) -> None:
+def shaped(infos: Infos, *shape: int, names: tuple[str, ...]) -> Infos:
     for name in names:
         infos[name] = replace(infos.get(name, TensorInfo(name, "BF16", ())), shape=shape)
+    return infos
 
 
-def without(infos: Infos, *beginnings: str) -> None:
+def without(infos: Infos, *beginnings: str) -> Infos:
     for name in [name for name in infos if name.startswith(beginnings)]:
         del infos[name]
+    return infos
 
 
 @pytest.mark.parametrize("model_type", [None, 3, ["llama"]])
@@ -245,11 +247,11 @@ def test_a_refused_model_type_says_why(model_type: str) -> None:
         (lambda c, i: shaped(i, 5, 3, names=(UP,)), UP, "contradicts the width 4"),
         (lambda c, i: shaped(i, 4, 2, names=(UP1,)), UP1, "hidden size 3"),
         (lambda c, i: shaped(i, 4, 3, names=(DOWN,)), DOWN, "contradicts"),
-        (lambda c, i: shaped(i, 0, 3, names=(GATE, UP)) or shaped(i, 3, 0, names=(DOWN,)), GATE, "no units"),
+        (lambda c, i: shaped(shaped(i, 0, 3, names=(GATE, UP)), 3, 0, names=(DOWN,)), GATE, "no units"),
         (lambda c, i: shaped(i, 4, 3, 1, names=(GATE,)), GATE, "not that of a gate projection"),
         (lambda c, i: shaped(i, 12, names=(DOWN,)), DOWN, "not that of a down projection"),
         (
-            lambda c, i: shaped(i, 5, 3, names=(GATE1, UP1)) or shaped(i, 3, 5, names=(DOWN1,)),
+            lambda c, i: shaped(shaped(i, 5, 3, names=(GATE1, UP1)), 3, 5, names=(DOWN1,)),
             BLOCK.format(1)[:-1],
             "width 5",
         ),
@@ -321,12 +323,12 @@ def test_a_bias_of_another_width_is_refused() -> None:
 @pytest.mark.parametrize("scale", [{"quant_method": "fp8"}, "gptq", {"bits": 4}])
 def test_quantised_weights_are_refused(scale: Any) -> None:
     """A quantization_config, at the top or in the text model's config."""
-    for model_type, place in [
-        ("llama", lambda config: config),
-        ("gemma3", lambda config: config),
-        ("gemma3", lambda config: config["text_config"]),
-    ]:
-        error = refusal(lambda c, i, place=place: place(c).update(quantization_config=scale), model_type)
+    for model_type, inner in [("llama", None), ("gemma3", None), ("gemma3", "text_config")]:
+
+        def quantise(config: Config, infos: Infos, inner: str | None = inner) -> None:
+            (config[inner] if inner else config)["quantization_config"] = scale
+
+        error = refusal(quantise, model_type)
         assert "quantised" in error.problem
         assert "Grow the unquantised" in str(error)
 

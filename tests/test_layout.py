@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import LAW, Tiny, growths, tinies, tiny
 
 from ckptgrow.layout import INDEX, SINGLE, Layout, lay
 from ckptgrow.plan import Plan, unchanged
 from ckptgrow.surgery import Growth, expand
 from ckptgrow.tensors import LENGTH_BYTES, Header, TensorInfo, arrange, parse_header
-from strategies import LAW, Tiny, growths, tinies, tiny
 
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 METADATA = {"format": "pt", "who": "me"}

@@ -108,7 +108,7 @@ def test_the_naive_rule_does_not_add_up() -> None:
     assert (len(bits), int((naive != decode(bits, "BF16")).sum())) == (65280, 43350)
 
 
-@pytest.mark.parametrize("dtype", (*SMALL, "F32"))
+@pytest.mark.parametrize("dtype", [*SMALL, "F32"])
 @given(value=st.floats(allow_nan=False, allow_infinity=False))
 def test_rounding_agrees_with_torch(dtype: str, value: float) -> None:
     """One rounding, half to even, like torch's cast from float64; too large values are refused."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import LAW, tensor_infos, tinies
 
 from ckptgrow.errors import PlanError
 from ckptgrow.plan import Edit, Member, Output, Part, Plan, Share, Term, joined, unchanged
 from ckptgrow.tensors import TensorInfo
-from strategies import LAW, tensor_infos, tinies
 
 WIDE = TensorInfo("wide", "F32", (4, 3))
 SCALAR = TensorInfo("scalar", "F32", ())
@@ -142,7 +143,7 @@ def test_joined_ranges_cover_the_same_places(pieces: list[tuple[bool, int]]) -> 
     result = joined(spans)
     assert [i for a, b in result for i in range(a, b)] == [i for a, b in spans for i in range(a, b)]
     assert all(a < b for a, b in result)
-    assert all(left[1] < right[0] for left, right in zip(result, result[1:], strict=False))
+    assert all(left[1] < right[0] for left, right in pairwise(result))
 
 
 def test_parts_are_placed_end_to_end() -> None:

@@ -6,12 +6,12 @@ from itertools import combinations, product
 from typing import get_args
 
 import pytest
+from strategies import tiny
 
 from ckptgrow.plan import Output, Share, Term, unchanged
 from ckptgrow.policy import POLICIES, Box, ShareChoice, boxes, rule_for, shares
 from ckptgrow.proof import adds_to_one
 from ckptgrow.surgery import Growth, expand
-from strategies import tiny
 
 CHOICES: tuple[ShareChoice, ...] = get_args(ShareChoice)
 EVERY = list(product(range(1, 13), POLICIES, CHOICES, (0, 9)))

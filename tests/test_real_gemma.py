@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def test_grown_twice_is_still_gemma(real_gemma: Path, out: Path, tmp_path: Path)
 
 
 def logits(folder: Path, dtype: Any) -> Any:
-    """The logits [tokens, vocabulary] of a folder on the text, after a look at what from_pretrained complained about."""
+    """[tokens, vocabulary] on the text, after a look at what from_pretrained complained about."""
     import torch
     import transformers
 
@@ -163,6 +164,36 @@ def test_verify_with_logits(real_gemma: Path, out: Path, growth: str, shares: st
     assert answer.figure.startswith("float32 on 512 tokens: largest difference ")
     assert "top-1 agreement 100.00%; bfloat16: largest difference " in answer.figure
     assert "(the base's own distance to float32: largest difference " in answer.figure
+
+
+@pytest.mark.transformers
+@pytest.mark.usefixtures("two_threads")
+def test_the_cards_code_trains_only_the_boxes(real_gemma: Path, out: Path) -> None:
+    """Two steps with the model card's own code: every box moves, and every other element keeps its bits."""
+    import torch
+
+    from ckptgrow.card import SNIPPET
+
+    done, names = ckptgrow.expand(real_gemma, out), {"folder": str(out)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        exec(compile(SNIPPET, "the card", "exec"), names)
+    model: Any = names["model"]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for seed in range(2):
+        tokens = torch.randint(1000, 50000, (1, 48), generator=torch.Generator().manual_seed(seed))
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        names["optimizer"].step()
+        names["optimizer"].zero_grad()
+    boxes = {tensor.name: tensor.boxes for tensor in done.manifest.trainable}
+    assert len(boxes) == 3 * 18
+    for name, after in model.state_dict().items():
+        differs = before[name].view(torch.int16) != after.view(torch.int16)
+        for box in boxes.get(name, ()):
+            inside = differs[tuple(slice(start, stop) for start, stop in box)]
+            assert inside.any(), name
+            inside.zero_()
+        assert not differs.any(), name
 
 
 # ---------------------------------------------------------------- the quick commands

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import LAW, config_of, growths, infos_of, same_function, tinies, tiny
 
 from ckptgrow.errors import RequestError
 from ckptgrow.families import locate
@@ -14,7 +15,6 @@ from ckptgrow.plan import Output, Plan
 from ckptgrow.proof import prove
 from ckptgrow.surgery import Growth, expand, rounds
 from ckptgrow.tensors import TensorInfo
-from strategies import LAW, config_of, growths, infos_of, same_function, tinies, tiny
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 GATE = "model.layers.0.mlp.gate_proj.weight"
@@ -140,7 +140,7 @@ def test_the_parts_of_a_growth(growth: dict[str, Any], rows: list[str], columns:
     plan = grow(**growth)
     assert told(output(plan, GATE)) == rows
     assert told(output(plan, DOWN)) == columns
-    prove(plan, tiny().infos)
+    prove(plan, tiny().infos, tiny().architecture)
 
 
 def test_a_fused_projection_grows_half_by_half() -> None:
@@ -233,7 +233,7 @@ def test_every_growth_is_proved(data: st.DataObject) -> None:
     base = data.draw(tinies)
     growth = data.draw(growths(base.architecture.width))
     plan = expand(base.infos, base.architecture, growth)
-    assert prove(plan, base.infos) == base.architecture.width * len(base.architecture.mlps)
+    assert prove(plan, base.infos, base.architecture) == base.architecture.width * len(base.architecture.mlps)
     assert same_function(plan, base)
 
 

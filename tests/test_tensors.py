@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from strategies import LAW, metadata, tensor_infos
 
 from ckptgrow.errors import FormatError
 from ckptgrow.tensors import (
@@ -25,7 +26,6 @@ from ckptgrow.tensors import (
     header_length,
     parse_header,
 )
-from strategies import LAW, metadata, tensor_infos
 
 TORCH = {
     "U64": torch.uint64,
@@ -85,7 +85,7 @@ def test_headers_are_the_bytes_that_safetensors_writes_for_numpy(
     infos: list[TensorInfo], words: dict[str, str]
 ) -> None:
     """The same for the library's numpy side."""
-    tensors = {info.name: np.zeros(info.shape, dtype=NUMPY[info.dtype]) for info in infos}
+    tensors: dict[str, Any] = {info.name: np.zeros(info.shape, dtype=NUMPY[info.dtype]) for info in infos}
     written = safetensors.numpy.save(tensors, words or None)
     header = arrange(infos, words)
     assert written == header.to_bytes() + bytes(header.body_bytes)
@@ -306,7 +306,7 @@ def test_what_only_the_library_would_notice_is_refused(text: bytes) -> None:
 def library_reads(text: bytes, body: int) -> bool:
     """Whether the safetensors library opens a file of this header and so many bytes."""
     try:
-        safetensors.deserialize(len(text).to_bytes(8, "little") + text + bytes(body))
+        safetensors.deserialize(len(text).to_bytes(8, "little") + text + bytes(body))  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError:
         return False
     return True

@@ -1,0 +1,140 @@
+"""Which units of two checkpoints are equal: rows are found by digest and then compared bit for bit.
+
+Everything streams over mapped files in small blocks. A tensor of an MLP is seen as [outer, units, inner], whatever its
+axis; a lane is one projection of a fused one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptgrow.checkpoint import Bits, Checkpoint
+from ckptgrow.families import Slot
+from ckptgrow.numeric import decode
+
+Digests = NDArray[Any]
+Units = NDArray[np.int64]
+Picked = slice | Units
+
+BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """One lane of a gate, up or bias in both checkpoints, seen as [outer, units, inner]."""
+
+    name: str
+    base: Bits
+    grown: Bits
+
+    def apart(self, unit: int, original: int, dtype: str) -> float:
+        """The largest difference of an element of a new unit's row from that base unit's."""
+        its, mine = (
+            decode(np.ascontiguousarray(bits), dtype) for bits in (self.grown[:, unit], self.base[:, original])
+        )
+        return float(np.abs(its - mine).max())
+
+
+def lanes(base: Checkpoint, grown: Checkpoint, name: str, slot: Slot) -> Iterator[Rows]:
+    mine, its = as_units(base, name, slot), as_units(grown, name, slot)
+    for i in range(len(slot.lanes)):
+        yield Rows(name, _lane(mine, i, len(slot.lanes)), _lane(its, i, len(slot.lanes)))
+
+
+def _lane(bits: Bits, i: int, count: int) -> Bits:
+    width = bits.shape[1] // count
+    return bits[:, i * width : (i + 1) * width]
+
+
+def as_units(checkpoint: Checkpoint, name: str, slot: Slot) -> Bits:
+    """A tensor as [outer, units, inner]."""
+    shape = checkpoint.infos[name].shape
+    outer = int(np.prod(shape[: slot.axis], dtype=np.int64))
+    return checkpoint.bits(name).reshape(outer, shape[slot.axis], -1)
+
+
+def match(rows: list[Rows], digests: Callable[[Bits], Digests]) -> tuple[Units, Units]:
+    """For each new unit the first base unit with the same digests, or -1; the same for the base's own units."""
+    width = rows[0].base.shape[1]
+    together = np.zeros(width + rows[0].grown.shape[1], np.uint64)
+    for lane in rows:  # an odd factor between tensors, so that equal digests of gate and up do not cancel
+        together *= np.uint64(0x9E3779B97F4A7C15)
+        together += np.concatenate([digests(lane.base), digests(lane.grown)])
+    _, first, classes = np.unique(together, return_index=True, return_inverse=True)
+    earliest = first[classes]
+    copies = np.where(earliest[width:] < width, earliest[width:], -1)
+    return copies.astype(np.int64), earliest[:width].astype(np.int64)
+
+
+def fast_digests(bits: Bits) -> Digests:
+    """64 bits for each unit: its words times random odd numbers, added up modulo 2^64."""
+    outer, units, inner = bits.shape
+    random = np.random.Generator(np.random.Philox(key=0x636B707467726F77))
+    if outer == 1 and inner * bits.itemsize % 8 == 0:
+        words = bits[0].view("<u8")
+        factors = random.integers(0, 2**64, words.shape[1], np.uint64) | np.uint64(1)
+        step = max(1, BLOCK_BYTES // max(1, inner * bits.itemsize))
+        return np.concatenate([words[i : i + step] @ factors for i in range(0, units, step)])
+    total = np.zeros(units, np.uint64)
+    step = max(1, BLOCK_BYTES // max(1, units * 8))
+    flat = bits.transpose(0, 2, 1) if inner > 1 else bits.reshape(outer, 1, units)
+    for slices in flat:
+        for i in range(0, inner, step):
+            some = slices[i : i + step].astype(np.uint64)
+            total += (random.integers(0, 2**64, len(some), np.uint64) | np.uint64(1)) @ some
+    return total
+
+
+def slow_digests(bits: Bits) -> Digests:
+    """64 cryptographic bits for each unit."""
+    strong = (hashlib.blake2b(bits[:, unit].tobytes(), digest_size=8).digest() for unit in range(bits.shape[1]))
+    return np.frombuffer(b"".join(strong), "<u8")
+
+
+def unequal(rows: list[Rows], copies: Units, originals: Units) -> tuple[str, int] | None:
+    """(tensor, unit) whose rows are not those of the unit that its digest names; None if there is none."""
+    for lane in rows:
+        doubles = np.flatnonzero(originals != np.arange(len(originals)))
+        for bits, units, sources in (
+            (lane.grown, np.flatnonzero(copies >= 0), copies[copies >= 0]),
+            (lane.base, doubles, originals[doubles]),
+        ):
+            unit = _first_difference(bits, units, lane.base, sources)
+            if unit is not None:
+                return lane.name, unit
+    return None
+
+
+def _first_difference(one: Bits, units: Units, other: Bits, sources: Units) -> int | None:
+    outer, _, inner = one.shape
+    step = max(1, BLOCK_BYTES // max(1, outer * inner * one.itemsize))
+    for i in range(0, len(units), step):
+        some, theirs = span(units[i : i + step]), span(sources[i : i + step])
+        same = (one[:, some] == other[:, theirs]).all(axis=(0, 2))
+        if not same.all():
+            return int(units[i + int(np.flatnonzero(~same)[0])])
+    return None
+
+
+def span(picked: Units) -> Picked:
+    """A slice where the units follow one another, which reads without a copy."""
+    if len(picked) and (np.diff(picked) == 1).all():
+        return slice(int(picked[0]), int(picked[-1]) + 1)
+    return picked
+
+
+def turns(owners: Units) -> Iterator[tuple[Picked, Picked]]:
+    """(units, their base units): in each turn a base unit is met at most once, so that sums can be made at once."""
+    members = np.flatnonzero(owners >= 0)
+    order = members[np.argsort(owners[members], kind="stable")]
+    owned = owners[order]
+    starts = np.flatnonzero(np.diff(owned, prepend=-1))
+    turn = np.arange(len(owned)) - np.repeat(starts, np.diff(np.append(starts, len(owned))))
+    for i in range(int(turn.max(initial=-1)) + 1):
+        yield span(order[turn == i]), span(owned[turn == i])
