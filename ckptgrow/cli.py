@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from ckptgrow.errors import CkptgrowError
+from ckptgrow.policy import POLICIES, SHARE_CHOICES
 from ckptgrow.version import __version__
 
 
@@ -74,14 +75,14 @@ def inspect(src: str, as_json: bool) -> None:
 @click.option("--multiple-of", type=int, default=1, help="Round the new width up to a multiple of M.", metavar="M")
 @click.option(
     "--policy",
-    type=click.Choice(["g-freeze", "g-train", "down", "up"]),
+    type=click.Choice(list(POLICIES)),
     default="g-freeze",
     show_default=True,
     help="What will train: the new units; all of gate and up; new columns of down; new rows of up.",
 )
 @click.option(
     "--shares",
-    type=click.Choice(["auto", "even", "random"]),
+    type=click.Choice(SHARE_CHOICES),
     default="auto",
     show_default=True,
     help="How columns of down are shared out. auto: random where two trainable copies would stay equal, else even.",

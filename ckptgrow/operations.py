@@ -95,7 +95,7 @@ def expand(
     if seen.headers:  # all that can be refused has been: now the weights
         origin = fetch(src, progress=progress is not None)
         job = _prepare(origin, open_checkpoint(origin.folder), target, growth)
-    with Staging(target, job.identity, resume=resume) as staging:
+    with Staging(target, job.identity, force=force, resume=resume) as staging:
         inexact = write_shards(
             job.layout,
             {BASE: job.base},

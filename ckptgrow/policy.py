@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ckptgrow.plan import Output, Rule, Share, joined
 
 Extent = Literal["new", "all"]
 Box = tuple[tuple[int, int], ...]
 ShareChoice = Literal["auto", "even", "random"]
+SHARE_CHOICES: tuple[ShareChoice, ...] = get_args(ShareChoice)
 
 
 @dataclass(frozen=True, slots=True)

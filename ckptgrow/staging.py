@@ -79,8 +79,8 @@ class Staging:
     `identity` names what is being written: only a run with the same identity may resume it.
     """
 
-    def __init__(self, out: Path, identity: str, *, resume: bool = False) -> None:
-        self.out, self.identity, self.resume = out, identity, resume
+    def __init__(self, out: Path, identity: str, *, force: bool = False, resume: bool = False) -> None:
+        self.out, self.identity, self.force, self.resume = out, identity, force, resume
         self.folder = partial(out)
         self.finished: dict[str, dict[str, Any]] = {}
         self._made: list[Path] = []
@@ -121,10 +121,13 @@ class Staging:
         shutil.copyfile(source, target)
 
     def commit(self) -> None:
-        """Make the folder OUT; an old OUT stays whole until it is replaced, and then goes."""
+        """Make the folder OUT; with `force` an old OUT stays whole until it is replaced, and then goes.
+
+        Without it an OUT that appeared in the meantime makes the rename fail, and stays.
+        """
         (self.folder / JOURNAL).unlink()
         _sync(self.folder)
-        if self.out.exists():
+        if self.force and self.out.exists():
             _swap(self.folder, self.out)
         else:
             self.folder.rename(self.out)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ckptgrow.errors import RequestError
 from ckptgrow.families import Architecture, Mlp
 from ckptgrow.plan import Edit, Output, Part, Plan, Share, Term, unchanged
-from ckptgrow.policy import POLICIES, Policy, ShareChoice, shares
+from ckptgrow.policy import POLICIES, SHARE_CHOICES, Policy, ShareChoice, shares
 from ckptgrow.tensors import TensorInfo
 
 BASE = "base"
@@ -34,8 +34,8 @@ class Growth:
             raise RequestError(f"--multiple-of {self.multiple_of}: give a whole number from 1 up")
         if self.policy not in POLICIES:
             raise RequestError(f"unknown policy {self.policy!r}", hint=f"One of {', '.join(POLICIES)}.")
-        if self.shares not in ("auto", "even", "random"):
-            raise RequestError(f"unknown shares {self.shares!r}", hint="One of auto, even, random.")
+        if self.shares not in SHARE_CHOICES:
+            raise RequestError(f"unknown shares {self.shares!r}", hint=f"One of {', '.join(SHARE_CHOICES)}.")
         if not 0 <= self.seed < 2**63:
             raise RequestError(f"--seed {self.seed}: give a whole number from 0 to 2**63 - 1")
 

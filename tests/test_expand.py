@@ -159,6 +159,20 @@ def test_two_runs_do_not_meet(base: Path, tmp_path: Path) -> None:
     assert not staging.partial(out).exists()
 
 
+def test_an_out_that_appears_meanwhile_stays(base: Path, tmp_path: Path) -> None:
+    """Another program made OUT while we were writing: without --force it is not replaced."""
+    out = tmp_path / "out"
+
+    def appear(stage: str, done: int, total: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "mine.txt").write_text("mine")
+
+    with pytest.raises(OSError, match="not empty"):
+        ckptgrow.expand(base, out, progress=appear)
+    assert checkpoints.snapshot(out) == {"mine.txt": b"mine"}
+    assert not staging.partial(out).exists()
+
+
 def test_an_interrupt_leaves_nothing(base: Path, tmp_path: Path) -> None:
     """Ctrl-C while shards are written: nothing is left, parents that were made for OUT included."""
 
