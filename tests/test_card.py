@@ -203,11 +203,9 @@ def tiny(folder: Path, model_type: str, dtype: torch.dtype) -> Path:
 
 
 def prepared(folder: Path) -> dict[str, Any]:
-    """What the card's code leaves behind, run literally with `folder` set. Open files are another test's."""
+    """What the card's code leaves behind, run literally with `folder` set."""
     names: dict[str, Any] = {"folder": str(folder)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        exec(compile(SNIPPET, "the card", "exec"), names)
+    exec(compile(SNIPPET, "the card", "exec"), names)
     return names
 
 
