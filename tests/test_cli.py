@@ -258,7 +258,7 @@ def test_memory_is_bounded(tmp_path: Path, options: list[str]) -> None:
 
 @pytest.mark.large
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("options", [[], ["--shares", "random", "--factor", "3"]])
+@pytest.mark.parametrize("options", [[], ["--shares", "random", "--factor", "3"]], ids=["even", "random"])
 def test_memory_is_bounded_for_gigabytes(tmp_path: Path, options: list[str]) -> None:
     """Growing 4 GB, largest tensor over 1 GB: under 300 MB of anonymous memory, verification included."""
     base = sparse(tmp_path / "base", hidden=4096, width=131_072 + 4096, layers=1, vocabulary=90_000)
