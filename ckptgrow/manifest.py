@@ -189,6 +189,36 @@ def history(base: Checkpoint) -> tuple[Mapping[str, Any], ...]:
     return (*manifest.pop("history"), manifest)
 
 
+def load_manifest(path: Path) -> Manifest:
+    """The manifest in a file, or in a grown checkpoint's folder. Raises FormatError for anything else."""
+    path = path / MANIFEST if path.is_dir() else path
+    try:
+        return _typed(_parsed(path.read_bytes(), path))
+    except OSError as error:
+        raise FormatError(f"it cannot be read ({error.strerror})", file=str(path)) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"not a ckptgrow manifest ({error!r})", file=str(path)) from None
+
+
+def _typed(described: dict[str, Any]) -> Manifest:
+    """The frozen value of what `Manifest.to_json` made; lists become tuples again."""
+    copied = [
+        GrownBlock(**{**block, "copies": tuple({k: (v[0], v[1]) for k, v in run.items()} for run in block["copies"])})
+        for block in described["blocks"]
+    ]
+    trainable = [
+        Trainable(**{**tensor, "shape": tuple(tensor["shape"]), "boxes": tuple(map(_box, tensor["boxes"]))})
+        for tensor in described["trainable"]
+    ]
+    typed = {"base": Base(**described["base"]), "counts": Counts(**described["counts"])}
+    typed |= {"blocks": tuple(copied), "trainable": tuple(trainable), "history": tuple(described["history"])}
+    return Manifest(**{**described, **typed})
+
+
+def _box(spans: list[list[int]]) -> Box:
+    return tuple((int(start), int(stop)) for start, stop in spans)
+
+
 def _parsed(text: bytes, path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(text)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 import ckptgrow
 from ckptgrow.families import FAMILIES
+from ckptgrow.manifest import load_manifest
 from ckptgrow.policy import POLICIES
 
 SCHEMA = json.loads(files("ckptgrow").joinpath("manifest.schema.json").read_text())
@@ -73,6 +74,25 @@ def test_copies_name_the_base_unit(base: Path, tmp_path: Path) -> None:
             assert (after[name][slice(*run["new"])] == before[name][slice(*run["base"])]).all()
             covered += range(*run["new"])
         assert covered == list(range(12, 29))
+
+
+@pytest.mark.parametrize("options", [{}, {"width": 29, "policy": "g-train"}])
+def test_reading_it_gives_the_same_value(base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """load_manifest is the inverse of the file's text; a folder stands for the file in it."""
+    done = ckptgrow.expand(base, tmp_path / "out", **options)
+    for path in (tmp_path / "out", tmp_path / "out/ckptgrow.json"):
+        assert load_manifest(path).text() == done.manifest.text()
+        assert load_manifest(path).trainable == done.manifest.trainable
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1, "history": []}', '{"schema": 9, "history": []}'])
+def test_reading_something_else(tmp_path: Path, text: str) -> None:
+    """What is no manifest is refused by file name."""
+    (tmp_path / "ckptgrow.json").write_text(text)
+    with pytest.raises(ckptgrow.FormatError, match=r"ckptgrow\.json: not"):
+        load_manifest(tmp_path)
+    with pytest.raises(ckptgrow.FormatError, match="cannot be read"):
+        load_manifest(tmp_path / "nothing.json")
 
 
 def test_digest_stands_in_the_config(base: Path, tmp_path: Path) -> None:
