@@ -21,7 +21,7 @@ from ckptgrow.checkpoint import MANIFEST, Checkpoint
 from ckptgrow.errors import FormatError
 from ckptgrow.families import Architecture, Mlp, in_memory_name, ties
 from ckptgrow.plan import Output, Plan
-from ckptgrow.policy import Box, boxes, rule_for
+from ckptgrow.policy import Box, boxes, kinds, rule_for
 from ckptgrow.proof import picks
 from ckptgrow.surgery import Growth
 
@@ -235,9 +235,8 @@ def _parsed(text: bytes, path: Path) -> dict[str, Any]:
 
 def _rules(architecture: Architecture, growth: Growth) -> Iterator[str]:
     """The rules by which shares are made: units with one copy more than the others may need another rule."""
-    copies, more = divmod(growth.new_width(architecture.width), architecture.width)
-    for count, units in ((copies + 1, more), (copies, architecture.width - more)):
-        if units and count > 1:
+    for count, _ in kinds(architecture.width, growth.new_width(architecture.width)):
+        if count > 1:
             yield rule_for(count, growth.rules, growth.shares)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptgrow import equivalence
+from ckptgrow import equivalence, surgery
 from ckptgrow.card import card, licence
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, open_checkpoint
 from ckptgrow.config import set_value
@@ -27,12 +27,11 @@ from ckptgrow.families import Architecture, locate, ties
 from ckptgrow.hub import Origin, fetch, preview
 from ckptgrow.layout import INDEX, Layout, lay
 from ckptgrow.manifest import CONFIG_KEY, Grown, Manifest, describe, history, identify, read_mask
-from ckptgrow.policy import ShareChoice, rule_for, shares
+from ckptgrow.policy import ShareChoice, kinds, rule_for, shares
 from ckptgrow.proof import prove, prove_marks
 from ckptgrow.results import Block, Expansion, Inspection, Proposal, Verification
 from ckptgrow.staging import Staging, check_apart, check_space, check_target, free_bytes
 from ckptgrow.surgery import BASE, Growth
-from ckptgrow.surgery import expand as plan_growth
 from ckptgrow.version import __version__
 
 Source = str | Path
@@ -201,7 +200,7 @@ def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Jo
     """Everything that can be known, and refused, before the first byte is written."""
     architecture = locate(base.config, base.infos)
     history(base)
-    plan = plan_growth(base.infos, architecture, growth)
+    plan = surgery.expand(base.infos, architecture, growth)
     prove(plan, base.infos, architecture)
     prove_marks(plan, architecture)
     layout = lay(plan, base.headers, base.infos, base.index)
@@ -234,22 +233,19 @@ def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Jo
 
 def _shares_said(architecture: Architecture, growth: Growth) -> Iterator[str]:
     """How the columns of down are shared out, and why: a sentence for each number of copies that occurs."""
-    old, new = architecture.width, growth.new_width(architecture.width)
-    copies, more = divmod(new, old)
-    for count, units in ((copies + 1, more), (copies, old - more)):
-        if not units or count == 1:
+    for count, units in kinds(architecture.width, growth.new_width(architecture.width)):
+        if count == 1:
+            yield f"the other {len(units):,} units are not copied"
             continue
         rule = rule_for(count, growth.rules, growth.shares)
         dealt = list(shares(count, growth.rules, growth.shares, growth.seed))
-        said = f"{rule}: {units:,} units come in {count} copies"
+        said = f"{rule}: {len(units):,} units come in {count} copies"
         if any(share and share.of for share in dealt):
             said += ", the original keeps one half"
         if growth.shares == "auto":
             alike = "two trainable copies would otherwise stay" if rule == "random" else "no two trainable copies are"
             said += f" (auto: {alike} equal)"
         yield said
-    if more and copies == 1:
-        yield f"the other {old - more:,} units are not copied"
 
 
 # ---------------------------------------------------------------- writing

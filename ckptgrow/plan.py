@@ -133,6 +133,10 @@ class Output:
         """The [start, stop) ranges of new places, neighbours joined."""
         return joined((start, start + part.size) for start, part in self.placed() if part.grown)
 
+    @property
+    def lane_count(self) -> int:
+        return len(self.member.lanes) if self.member else 1
+
     def lanes(self) -> Iterator[tuple[str, int, int]]:
         """Each lane's projection and the [start, stop) of the axis that it takes."""
         names = self.member.lanes if self.member else ()

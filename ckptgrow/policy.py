@@ -86,6 +86,12 @@ def shares(copies: int, policy: Policy, choice: ShareChoice, seed: int) -> Itera
     yield from (Share(i, copies - 1, rule, drawn, of=rest) for i in range(copies - 1))
 
 
+def kinds(old: int, new: int) -> tuple[tuple[int, range], ...]:
+    """(copies, units): growing from `old` to `new` units gives the first `new % old` one copy more than the others."""
+    copies, more = divmod(new, old)
+    return tuple((count, units) for count, units in ((copies + 1, range(more)), (copies, range(more, old))) if units)
+
+
 def rule_for(copies: int, policy: Policy, choice: ShareChoice) -> Rule:
     """The rule by which the shares of a unit with that many copies are made."""
     if choice != "auto":

@@ -88,7 +88,7 @@ def prove_marks(plan: Plan, architecture: Architecture) -> None:
 
 def picks(output: Output, base: Mapping[str, TensorInfo]) -> tuple[Run, ...]:
     """Which base unit each new unit of a gate, up or bias is; all its lanes must say the same."""
-    lanes = {tuple(_lane(output, i, base[output.name])) for i in range(len(list(output.lanes())))}
+    lanes = {tuple(_lane(output, i, base[output.name])) for i in range(output.lane_count)}
     if len(lanes) != 1:
         raise PlanError("its lanes copy different units", tensor=output.name)
     return lanes.pop()
@@ -96,8 +96,7 @@ def picks(output: Output, base: Mapping[str, TensorInfo]) -> tuple[Run, ...]:
 
 def _lane(output: Output, lane: int, base: TensorInfo) -> Iterator[Run]:
     """The runs of one lane, neighbours joined, counted from the lane's own start."""
-    count = len(list(output.lanes()))
-    old, new = base.shape[output.axis] // count, output.extent // count
+    old, new = base.shape[output.axis] // output.lane_count, output.extent // output.lane_count
     last: Run | None = None
     for start, part in output.placed():
         if not lane * new <= start < (lane + 1) * new or not part.size:

@@ -1,33 +1,28 @@
 """All or nothing: a result is built in OUT.partial beside OUT and becomes OUT by one rename.
 
-    OUT.partial/
-      .ckptgrow-journal       line 1: what is being written; then one line for each finished shard. Locked while
-                              a process writes.
-      model-...safetensors    finished: written as NAME.tmp, flushed to disk, renamed
+    OUT.partial/               each shard is written as NAME.tmp, flushed to disk, renamed; index, manifest, config last
+    OUT.partial.journal        what is being written and which shards are finished (journal.py)
 
-An error or an interrupt removes OUT.partial. A killed process leaves it, and OUT as it was; the next run starts anew
-or, with `resume`, goes on from the finished shards.
+An error or an interrupt removes both. A killed process leaves them, and OUT as it was; the next run starts anew or,
+with `resume`, goes on from the finished shards. Where the system cannot exchange two names in one step (it is not
+Linux, or a file system that does not know how), replacing an OUT takes two renames, and a kill between them leaves the
+old one whole as OUT.partial.old.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from ckptgrow.checkpoint import CONFIG, MANIFEST
 from ckptgrow.errors import OutputError
-
-if sys.platform != "win32":
-    import fcntl
-
-JOURNAL = ".ckptgrow-journal"
+from ckptgrow.journal import Journal
 
 
 def check_target(out: Path, *, force: bool) -> None:
@@ -38,17 +33,19 @@ def check_target(out: Path, *, force: bool) -> None:
         return
     if not force:
         raise OutputError("it exists", file=str(out), hint="Give a new folder, or --force to replace it.")
-    if any(out.iterdir()) and not (out / CONFIG).is_file():
+    weights = (out / MANIFEST).is_file() or any(out.glob("*.safetensors"))
+    if any(out.iterdir()) and not ((out / CONFIG).is_file() and weights):
         raise OutputError("it holds no checkpoint, so --force does not replace it", file=str(out))
 
 
 def check_apart(out: Path, source: Path) -> None:
-    """Refuse an OUT that is the source, lies inside it, or holds it."""
-    target, origin = out.resolve(), source.resolve()
-    if target == origin or origin in target.parents:
-        raise OutputError(f"it is inside the source {source}", file=str(out), hint="Give a folder outside it.")
-    if target in origin.parents:
-        raise OutputError(f"it holds the source {source}", file=str(out), hint="Give a folder beside it.")
+    """Refuse an OUT that is the source, lies inside it, or holds it; and one whose OUT.partial would be the source."""
+    origin = source.resolve()
+    for target in (out.resolve(), partial(out).resolve()):
+        if target == origin or origin in target.parents:
+            raise OutputError(f"it is inside the source {source}", file=str(target), hint="Give a folder outside it.")
+        if target in origin.parents:
+            raise OutputError(f"it holds the source {source}", file=str(target), hint="Give a folder beside it.")
 
 
 def free_bytes(out: Path) -> int:
@@ -84,14 +81,16 @@ class Staging:
         self.folder = partial(out)
         self.finished: dict[str, dict[str, Any]] = {}
         self._made: list[Path] = []
-        self._journal: TextIO | None = None
+        self._journal: Journal | None = None
 
     def __enter__(self) -> Staging:
         try:
             self._make_parents()
-            self._open()
+            self._journal = Journal(self.folder.with_name(self.folder.name + ".journal"))
+            self._open(self._journal)
         except BaseException:
-            self._close()
+            if self._journal is not None:
+                self._journal.close(keep=bool(self._journal.left))
             self._drop_parents()
             raise
         return self
@@ -99,13 +98,14 @@ class Staging:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._journal is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self._close()
+            self._journal.close(keep=False)
             self._drop_parents()
 
     def record(self, file: str, facts: dict[str, Any]) -> None:
         """Note a shard as finished. Called by one thread at a time."""
         self.finished[file] = facts
-        self._note({"file": file, **facts})
+        if self._journal is not None:
+            self._journal.note(file=file, **facts)
 
     def put(self, name: str, text: str) -> None:
         """Write a small file, flushed to disk."""
@@ -119,20 +119,30 @@ class Staging:
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
+        _sync(target)
 
     def commit(self) -> None:
         """Make the folder OUT; with `force` an old OUT stays whole until it is replaced, and then goes.
 
-        Without it an OUT that appeared in the meantime makes the rename fail, and stays.
+        Without it an OUT that appeared in the meantime stays. Raises OutputError then.
         """
-        (self.folder / JOURNAL).unlink()
         _sync(self.folder)
         if self.force and self.out.exists():
             _swap(self.folder, self.out)
         else:
-            self.folder.rename(self.out)
+            self._appear()
         _sync(self.out.parent)
-        self._close()
+        if self._journal is not None:
+            self._journal.close(keep=False)
+            self._journal = None
+
+    def _appear(self) -> None:
+        try:
+            self.folder.rename(self.out)
+        except OSError:
+            if self.out.exists():
+                raise OutputError("it appeared while the result was being made", file=str(self.out)) from None
+            raise
 
     def _make_parents(self) -> None:
         parent = self.out.absolute().parent
@@ -146,71 +156,42 @@ class Staging:
             with suppress(OSError):
                 parent.rmdir()
 
-    def _open(self) -> None:
-        if self.folder.exists() and not _is_ours(self.folder):
+    def _open(self, journal: Journal) -> None:
+        """Take over or clear what a killed run left; a folder that none of ours left is refused."""
+        if self.folder.is_symlink() or (self.folder.exists() and not journal.left):
             raise OutputError("it is in the way and not a leftover of ckptgrow: remove it", file=str(self.folder))
-        self.folder.mkdir(exist_ok=True)
-        self._journal = (self.folder / JOURNAL).open("a+", encoding="utf-8")
-        try:
-            _lock(self._journal)
-        except OSError:
-            self._close()
-            raise OutputError("another ckptgrow is writing it", file=str(self.folder)) from None
-        self._journal.seek(0)
-        lines = self._journal.read().splitlines(keepends=True)
-        if self.resume and lines:
-            self._take_over([json.loads(line) for line in lines if line.endswith("\n")])
-        else:
-            self._clear(keep=())
-            self._journal.truncate(0)
-            self._note({"writing": self.identity})
+        if self.force and _aside(self.out).exists():
+            raise OutputError("an earlier run left it: move it back, or remove it", file=str(_aside(self.out)))
+        if self.resume and journal.left:
+            self._take_over(journal.notes())
+            return
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        journal.begin()
+        journal.note(writing=self.identity)
+        self.folder.mkdir()
 
     def _take_over(self, notes: list[dict[str, Any]]) -> None:
+        """Keep the finished shards of a run of the same identity, and nothing else of it."""
         if not notes or notes[0].get("writing") != self.identity:
-            self._close()
             raise OutputError(
                 "it was begun with another source, other options or another version, so it cannot be resumed",
                 file=str(self.folder),
                 hint="Run again without --resume to start anew.",
             )
+        self.folder.mkdir(exist_ok=True)
         self.finished = {note.pop("file"): note for note in notes[1:] if (self.folder / note["file"]).is_file()}
-        self._clear(keep=self.finished)
-
-    def _clear(self, keep: Any) -> None:
         for path in self.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != JOURNAL and path.name not in keep:
+            elif path.name not in self.finished:
                 path.unlink()
 
-    def _note(self, facts: dict[str, Any]) -> None:
-        assert self._journal is not None
-        self._journal.write(json.dumps(facts) + "\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
 
-    def _close(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
-
-
-def _is_ours(folder: Path) -> bool:
-    """A folder of a killed run: its journal is there, or it was complete, or it had only just been made."""
-    return folder.is_dir() and (
-        (folder / JOURNAL).exists() or (folder / MANIFEST).exists() or not any(folder.iterdir())
-    )
-
-
-def _lock(file: TextIO) -> None:
-    if sys.platform != "win32":
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _sync(folder: Path) -> None:
-    """Flush a folder's entries to disk, where the system can."""
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to disk, where the system can."""
     with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
@@ -222,10 +203,19 @@ def _swap(new: Path, old: Path) -> None:
     if _exchange(new, old):
         shutil.rmtree(new)
         return
-    aside = old.with_name(old.name + ".old")
+    aside = _aside(old)
     old.rename(aside)
-    new.rename(old)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise
     shutil.rmtree(aside)
+
+
+def _aside(out: Path) -> Path:
+    """Where an OUT that is being replaced waits, if two renames are needed."""
+    return partial(out).with_name(partial(out).name + ".old")
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ckptgrow.errors import RequestError
 from ckptgrow.families import Architecture, Mlp
 from ckptgrow.plan import Edit, Output, Part, Plan, Share, Term, unchanged
-from ckptgrow.policy import POLICIES, SHARE_CHOICES, Policy, ShareChoice, shares
+from ckptgrow.policy import POLICIES, SHARE_CHOICES, Policy, ShareChoice, kinds, shares
 from ckptgrow.tensors import TensorInfo
 
 BASE = "base"
@@ -87,12 +87,11 @@ def _copied(name: str, lane: int, old: int, new: int) -> Iterator[Part]:
 
 
 def _shared(name: str, old: int, new: int, growth: Growth) -> Iterator[Part]:
-    """Down: each copy of a unit gets its share. The first `new % old` units have one copy more than the others."""
-    copies, more = divmod(new, old)
-    spans = [(range(more), _shares(copies + 1, growth)), (range(more, old), _shares(copies, growth))]
-    for turn in range(copies + 1):
+    """Down: each copy of a unit gets its share."""
+    spans = [(units, _shares(count, growth)) for count, units in kinds(old, new)]
+    for turn in range(max(len(dealt) for _, dealt in spans)):
         for units, dealt in spans:
-            if units and turn < len(dealt):
+            if turn < len(dealt):
                 yield Part(len(units), (Term(BASE, name, units, share=dealt[turn]),), grown=turn > 0)
 
 

@@ -57,7 +57,7 @@ def config_of(family: Family, layers: int, hidden: int, width: int) -> dict[str,
     inner = {
         "attention_bias": False,
         family.hidden: hidden,
-        family.activation[0]: "gelu_pytorch_tanh",
+        family.activation: "gelu_pytorch_tanh",
         family.width: width,
         family.depth: layers,
         "rms_norm_eps": 1e-06,

@@ -63,7 +63,9 @@ def test_a_kill_at_any_moment_leaves_out_absent(base: Path, tmp_path: Path, resu
             ckptgrow.expand(base, out, resume=resume)
         assert checkpoints.snapshot(out) == expected
         assert checkpoints.snapshot(base) == source
-        assert not staging.partial(out).exists()
+        if (tmp_path / "out.partial.journal").exists():  # killed after OUT was complete: the next run takes it away
+            ckptgrow.expand(base, out, force=True)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "expected", "out"]
         shutil.rmtree(out)
         moment += 1
     assert moment > 40
@@ -97,6 +99,69 @@ def test_force_without_the_exchange(base: Path, tmp_path: Path, monkeypatch: pyt
     ckptgrow.expand(base, tmp_path / "out", force=True)
     assert ckptgrow.inspect(tmp_path / "out").blocks[0].width == 24
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_force_without_the_exchange_undoes_itself(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the second of the two renames fails, the old OUT is put back; a left one is never overwritten."""
+    monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+    out, honest = tmp_path / "out", Path.rename
+    ckptgrow.expand(base, out, factor=3)
+    old = checkpoints.snapshot(out)
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name == "out.partial":
+            raise OSError(5, "Input/output error")
+        return honest(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        ckptgrow.expand(base, out, force=True)
+    assert checkpoints.snapshot(out) == old
+    (tmp_path / "out.partial.old").mkdir()
+    with pytest.raises(OutputError, match="an earlier run left it"):
+        ckptgrow.expand(base, out, force=True)
+    assert checkpoints.snapshot(out) == old
+
+
+def test_nothing_of_ours_is_taken_for_a_leftover(base: Path, tmp_path: Path) -> None:
+    """A finished checkpoint named OUT.partial, a link of that name, the source itself: none is ever cleared."""
+    kept = checkpoints.snapshot(ckptgrow.expand(base, tmp_path / "m.partial").folder)
+    with pytest.raises(OutputError, match="inside the source"):
+        ckptgrow.expand(tmp_path / "m.partial", tmp_path / "m")
+    with pytest.raises(OutputError, match="not a leftover"):
+        ckptgrow.expand(base, tmp_path / "m")
+    (tmp_path / "s.partial").symlink_to(tmp_path / "m.partial")
+    with pytest.raises(OutputError, match="not a leftover"):
+        ckptgrow.expand(base, tmp_path / "s")
+    assert checkpoints.snapshot(tmp_path / "m.partial") == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "m.partial", "s.partial"]
+
+
+def test_a_slow_commit_keeps_its_lock(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the finished folder is being flushed and renamed, another run on the same OUT is refused."""
+    flushed = staging._sync
+
+    def meanwhile(path: Path) -> None:
+        if path.name == "out.partial":
+            with pytest.raises(OutputError, match="another ckptgrow"):
+                ckptgrow.expand(base, tmp_path / "out", factor=3)
+        flushed(path)
+
+    monkeypatch.setattr(staging, "_sync", meanwhile)
+    ckptgrow.expand(base, tmp_path / "out")
+    assert ckptgrow.verify(base, tmp_path / "out").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+@pytest.mark.parametrize("damage", ["\0\0\0\n", "[1]\n", "{}\n", "half a li"])
+def test_a_damaged_journal_cannot_be_resumed(base: Path, tmp_path: Path, damage: str) -> None:
+    """After a power cut the journal may be anything: refused with --resume, begun anew without."""
+    half_done(base, tmp_path / "out")
+    (tmp_path / "out.partial.journal").write_text(damage)
+    with pytest.raises(OutputError, match="cannot be resumed"):
+        ckptgrow.expand(base, tmp_path / "out", resume=True)
+    ckptgrow.expand(base, tmp_path / "out")
+    assert ckptgrow.verify(base, tmp_path / "out").exit_code == 0
 
 
 def test_resume_keeps_the_finished_shards(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +218,7 @@ def test_two_runs_do_not_meet(base: Path, tmp_path: Path) -> None:
     """While one process writes OUT, another is refused and does not disturb it."""
     out = tmp_path / "out"
     with staging.Staging(out, "first"):
-        with pytest.raises(OutputError, match="another ckptgrow is writing it"):
+        with pytest.raises(OutputError, match="another ckptgrow is writing there"):
             ckptgrow.expand(base, out)
         assert staging.partial(out).exists()
     assert not staging.partial(out).exists()
@@ -167,7 +232,7 @@ def test_an_out_that_appears_meanwhile_stays(base: Path, tmp_path: Path) -> None
         out.mkdir(exist_ok=True)
         (out / "mine.txt").write_text("mine")
 
-    with pytest.raises(OSError, match="not empty"):
+    with pytest.raises(OutputError, match="it appeared while"):
         ckptgrow.expand(base, out, progress=appear)
     assert checkpoints.snapshot(out) == {"mine.txt": b"mine"}
     assert not staging.partial(out).exists()

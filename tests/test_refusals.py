@@ -181,6 +181,8 @@ def test_force_replaces_checkpoints_only(base: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter1.tex").write_text("years of work")
     assert "holds no checkpoint" in refused(base, tmp_path / "thesis", "--force")
+    (tmp_path / "thesis/config.json").write_text("{}")
+    assert "holds no checkpoint" in refused(base, tmp_path / "thesis", "--force")
 
 
 def test_too_little_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
