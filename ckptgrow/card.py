@@ -71,6 +71,7 @@ def _train(manifest: Manifest) -> Iterator[str]:
     )
     yield ""
     yield "```python"
+    yield 'folder = "."  # where this README lies'
     yield from SNIPPET.strip().splitlines()
     yield "```"
     yield ""
@@ -81,7 +82,7 @@ def _train(manifest: Manifest) -> Iterator[str]:
     )
 
 
-# Run by a test on a real grown checkpoint. `folder` is this one.
+# Run by a test on a real grown checkpoint, with `folder` set.
 SNIPPET = """
 import json
 from pathlib import Path

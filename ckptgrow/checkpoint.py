@@ -33,9 +33,9 @@ CONFIG = "config.json"
 MANIFEST = "ckptgrow.json"
 CARD = "README.md"
 
-# Other copies of the weights, and the state of a training run: they would not fit the grown model.
+# Other copies of the weights, adapters, and the state of a training run: they would not fit the grown model.
 _STALE = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
-_STALE_NAMES = ("trainer_state.json",)
+_STALE_NAMES = ("trainer_state.json", "adapter_config.json")
 _WRITTEN_ANEW = (CONFIG, INDEX, MANIFEST, CARD)
 
 
@@ -140,7 +140,7 @@ def _index(folder: Path) -> Mapping[str, Any] | None:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError("it has no weight_map", file=INDEX)
-    if (folder / SINGLE).is_file() and SINGLE not in weight_map.values():
+    if (folder / SINGLE).is_file() and set(weight_map.values()) != {SINGLE}:
         raise FormatError(
             f"both {SINGLE} and {INDEX} are here", hint="Loaders disagree on which one counts: remove the stale one."
         )

@@ -6,8 +6,10 @@ done, 1 the answer is no, 2 could not do or tell.
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +22,7 @@ from ckptgrow.version import __version__
 
 
 class Group(click.Group):
-    """Turns ckptgrow's own errors, and the system's, into one message and exit status 2."""
+    """Turns ckptgrow's errors, and the system's, into one message and exit status 2; a bug shows its trace first."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -28,11 +30,18 @@ class Group(click.Group):
         except CkptgrowError as error:
             self._fail(ctx, str(error))
         except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has left: click's business
+                raise
             where = f"{error.filename}: " if error.filename else ""
             self._fail(ctx, f"{where}{error.strerror or error}")
         except (KeyboardInterrupt, EOFError):
-            click.echo("Interrupted: nothing was kept.", err=True)
+            click.echo("Interrupted.", err=True)
             ctx.exit(130)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception:
+            traceback.print_exc()
+            self._fail(ctx, "this is a bug in ckptgrow: please report it with the lines above.")
 
     @staticmethod
     def _fail(ctx: click.Context, message: str) -> None:
@@ -116,7 +125,14 @@ def expand(
         return click.echo(_json(proposal) if as_json else report.proposal(proposal))
     with _bars(quiet) as progress:
         done = operations.expand(
-            src, out, **growth, force=force, resume=resume, verify=not no_verify, progress=progress
+            src,
+            out,
+            **growth,
+            force=force,
+            resume=resume,
+            verify=not no_verify,
+            progress=progress,
+            bars=progress is not None,
         )
     if as_json or not quiet:
         click.echo(_json(done) if as_json else report.expansion(done))
@@ -140,7 +156,7 @@ def verify(base: str, out: str, logits: str | None, as_json: bool, quiet: bool) 
     from ckptgrow import operations, report
 
     with _bars(quiet) as progress:
-        result = operations.verify(base, out, logits=logits, progress=progress)
+        result = operations.verify(base, out, logits=logits, progress=progress, bars=progress is not None)
     if as_json or not quiet:
         click.echo(_json(result) if as_json else report.verification(result))
     raise click.exceptions.Exit(result.exit_code)

@@ -9,18 +9,21 @@ Three answers, strongest first:
   units with equal rows count as one. This is M·S = I (METHOD.md 1) on the weights, whatever tool grew them.
 - probed (probe.py): one forward of each MLP on random inputs.
 
-This module shares no code with the writer but the reader and the decoding of bit patterns. Sums are made in float64
-together with their rounding errors, so "exactly" holds for every format.
+This module shares no code with the writer but the reader and the decoding of bit patterns. Sums are made in float64 and
+made again without rounding where float64 was too short, so "exactly" holds for every format.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptgrow.checkpoint import Bits, Checkpoint
 from ckptgrow.errors import FormatError
@@ -76,10 +79,12 @@ def proved(base: Checkpoint, grown: Checkpoint, architecture: Architecture, prog
     with _pool() as pool:
         results = list(pool.map(lambda mlp: _prove(base, grown, mlp, progress), architecture.mlps))
     findings = [finding for result in results for finding in result.findings]
-    findings += _config_width(grown, architecture, {result.width for result in results})
+    findings += _config_width(grown, architecture, {result.width for result in results if result.width})
     error = max(result.error for result in results)
     units, copies = sum(mlp.width for mlp in architecture.mlps), sum(result.width for result in results)
-    figure = f"{copies:,} units are {units:,} base units in {len(results)} MLPs, largest error {error!r}"
+    free = sum(result.free for result in results)
+    loose = f" and {free:,} units with a zero column" if free else ""
+    figure = f"{copies - free:,} units{loose} are {units:,} base units in {len(results)} MLPs, largest error {error!r}"
     if findings:
         broken = len({finding.tensor for finding in findings})
         figure = f"wrong in {broken} tensor{'s' if broken != 1 else ''}, largest error {error!r}"
@@ -136,7 +141,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _config_changes(base: Checkpoint, grown: Checkpoint, architecture: Architecture) -> Iterator[Finding]:
     mine, theirs = dict(_flat(base.config)), dict(_flat(grown.config))
     for key in (mine.keys() & theirs.keys()) - {architecture.width_path}:
-        if mine[key] != theirs[key]:
+        if json.dumps(mine[key]) != json.dumps(theirs[key]):  # as text: NaN is itself, 1 is not 1.0
             yield Finding("config.json", f"{key} is {theirs[key]!r}, in the base {mine[key]!r}")
 
 
@@ -151,7 +156,7 @@ def _config_unclear(base: Checkpoint, grown: Checkpoint, architecture: Architect
 def _config_width(grown: Checkpoint, architecture: Architecture, widths: set[int]) -> Iterator[Finding]:
     """The config must say the width that all tensors have, or nobody can load them."""
     says = scoped(grown.config, architecture.family).get(architecture.family.width)
-    if widths != {says} and not (says is None and widths == {architecture.width}):
+    if widths and widths != {says} and not (says is None and widths == {architecture.width}):
         found = ", ".join(str(width) for width in sorted(widths))
         yield Finding("config.json", f"{architecture.width_path} is {says!r}, but the tensors have width {found}")
 
@@ -161,11 +166,12 @@ def _config_width(grown: Checkpoint, architecture: Architecture, widths: set[int
 
 @dataclass(frozen=True, slots=True)
 class _Proof:
-    """What came out for one MLP: its width in the grown checkpoint, the largest error, what is wrong."""
+    """What came out for one MLP: its width in the grown checkpoint, the largest error, what is wrong, free units."""
 
     width: int
     error: float
     findings: tuple[Finding, ...]
+    free: int = 0
 
 
 def _prove(base: Checkpoint, grown: Checkpoint, mlp: Mlp, progress: Progress) -> _Proof:
@@ -184,8 +190,8 @@ def _prove(base: Checkpoint, grown: Checkpoint, mlp: Mlp, progress: Progress) ->
         return _Proof(len(copies), 0.0, (Finding(wrong[0], f"unit {wrong[1]} equals no unit of the base"),))
     sums = _Sums(base, grown, mlp, copies, originals)
     dtypes = {name: base.infos[name].dtype for name in mlp.tensors}
-    findings = [*_strangers(rows, dtypes, sums.unmatched()), *sums.findings()]
-    return _Proof(len(copies), sums.error, tuple(findings))
+    findings = [*_strangers(rows, dtypes, sums.unmatched()), *_broken(rows, dtypes, sums.free()), *sums.findings()]
+    return _Proof(len(copies), sums.error, tuple(findings), len(sums.free()))
 
 
 def _misfits(base: Checkpoint, grown: Checkpoint, mlp: Mlp) -> Iterator[Finding]:
@@ -223,15 +229,23 @@ def _strangers(rows: list[Rows], dtypes: Mapping[str, str], strangers: Units) ->
         yield Finding(rows[0].name, f"and {len(strangers) - SHOWN:,} more units")
 
 
+def _broken(rows: list[Rows], dtypes: Mapping[str, str], free: Units) -> Iterator[Finding]:
+    """Free units whose rows are not finite: zero times infinity is not zero."""
+    for lane in rows:
+        for i in range(0, len(free), 64):
+            values = decode(np.ascontiguousarray(lane.grown[:, free[i : i + 64]]), dtypes[lane.name])
+            for unit in free[i : i + 64][~np.isfinite(values).all(axis=(0, 2))][:1]:
+                yield Finding(lane.name, f"the column of unit {unit} is zero, but its row is infinite or NaN")
+
+
 class _Sums:
     """The columns of down, added up over the copies of each base unit, streamed over the slices before the axis."""
 
     def __init__(self, base: Checkpoint, grown: Checkpoint, mlp: Mlp, copies: Units, originals: Units) -> None:
         self.name, slot = mlp.down, mlp.tensors[mlp.down]
-        self.dtype, self.copies = base.infos[mlp.down].dtype, copies
+        self.dtype, self.copies, self.originals = base.infos[mlp.down].dtype, copies, originals
         self._mine, self._its = as_units(base, mlp.down, slot), as_units(grown, mlp.down, slot)
-        self._originals = list(turns(originals))
-        self._copies = list(turns(copies))
+        self._turns, self._base_turns = list(turns(copies)), list(turns(originals))
         self._lost = np.flatnonzero(copies < 0)
         self._heavy = np.zeros(len(self._lost), bool)
         self.errors = np.zeros(len(originals))
@@ -246,6 +260,10 @@ class _Sums:
     def unmatched(self) -> Units:
         """New units that equal no base unit although their column is not zero."""
         return self._lost[self._heavy]
+
+    def free(self) -> Units:
+        """New units that equal no base unit and need not: their column is zero."""
+        return self._lost[~self._heavy]
 
     def findings(self) -> Iterator[Finding]:
         wrong = np.flatnonzero(self.errors)
@@ -270,42 +288,29 @@ class _Sums:
             )
 
     def _add(self, mine: Bits, its: Bits) -> None:
-        decoded = decode(np.ascontiguousarray(its), self.dtype)
+        values, base = (decode(np.ascontiguousarray(bits), self.dtype) for bits in (its, mine))
         if len(self._lost):
-            self._heavy |= (decoded[:, self._lost] != 0).any(axis=(0, 2))
+            self._heavy |= (values[:, self._lost] != 0).any(axis=(0, 2))
         shape = (mine.shape[0], len(self.errors), mine.shape[2])
-        wanted, got = _Exact(shape), _Exact(shape)
-        wanted.add_turns(decode(np.ascontiguousarray(mine), self.dtype), self._originals)
-        got.add_turns(decoded, self._copies)
-        off = got.minus(wanted)
+        (got, unsure), (wanted, unsure_too) = _added(values, self._turns, shape), _added(base, self._base_turns, shape)
+        off = np.abs(got - wanted)
         if not np.isfinite(off).all():
             raise FormatError("it has weights that are infinite or NaN: nothing can be proved", tensor=self.name)
+        for row, unit, i in np.argwhere(unsure | unsure_too):  # float64 was too short for a sum: add up exactly
+            terms = [*values[row, self.copies == unit, i], *-base[row, self.originals == unit, i]]
+            off[row, unit, i] = abs(math.fsum(terms))
         np.maximum(self.errors, off.max(axis=(0, 2), initial=0.0), out=self.errors)
 
 
-class _Exact:
-    """Running sums held as two float64, value and rounding error (Knuth's two-sum); `lost` where even that is short."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.high, self.low, self.lost = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
-
-    def add_turns(self, values: Floats, turns: Iterable[tuple[Picked, Picked]]) -> None:
-        for units, owners in turns:
-            self.high[:, owners], error = _two_sum(self.high[:, owners], values[:, units])
-            if error.any():
-                self.low[:, owners], error = _two_sum(self.low[:, owners], error)
-                self.lost[:, owners] |= error != 0
-
-    def minus(self, other: _Exact) -> Floats:
-        """|self - other|: zero only where the two are equal in real arithmetic and nothing was lost."""
-        (high, low), (their_high, their_low) = _two_sum(self.high, self.low), _two_sum(other.high, other.low)
-        equal = (high == their_high) & (low == their_low) & ~self.lost & ~other.lost
-        difference = np.abs((high - their_high) + (low - their_low))
-        return np.where(equal, 0.0, np.maximum(difference, np.finfo(np.float64).tiny))
-
-
-def _two_sum(one: Floats, other: Floats) -> tuple[Floats, Floats]:
-    """(the rounded sum, its rounding error): together exactly the sum."""
-    total: Floats = one + other
-    back = total - one
-    return total, (one - (total - back)) + (other - back)
+def _added(
+    values: Floats, owned: Iterable[tuple[Picked, Picked]], shape: tuple[int, ...]
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Sums by owner in float64, and where one was rounded (the error of Knuth's two-sum is not zero)."""
+    total, unsure = np.zeros(shape), np.zeros(shape, bool)
+    for units, owners in owned:
+        old, term = total[:, owners], values[:, units]
+        new = old + term
+        back = new - old
+        unsure[:, owners] |= ((old - (new - back)) + (term - back)) != 0
+        total[:, owners] = new
+    return total, unsure

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from ckptgrow.surgery import Growth
 
 SCHEMA = 1
 CONFIG_KEY = "ckptgrow"
+_DIGEST = re.compile("sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,7 @@ def history(base: Checkpoint) -> tuple[Mapping[str, Any], ...]:
     """
     entry, path = base.config.get(CONFIG_KEY), base.folder / MANIFEST
     digest = entry.get("manifest") if isinstance(entry, Mapping) else None
+    digest = digest if isinstance(digest, str) and _DIGEST.fullmatch(digest) else None
     if not path.is_file():
         return ({"manifest": digest},) if digest else ()
     text = path.read_bytes()

@@ -15,13 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ckptgrow import equivalence, surgery
 from ckptgrow.card import card, licence
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, open_checkpoint
 from ckptgrow.config import set_value
-from ckptgrow.errors import FamilyError, PlanError
+from ckptgrow.errors import FamilyError, FormatError, PlanError
 from ckptgrow.execute import write_shards
 from ckptgrow.families import Architecture, locate, ties
 from ckptgrow.hub import Origin, fetch, preview
@@ -44,22 +43,33 @@ def inspect(src: Source) -> Inspection:
     Raises CkptgrowError where there is no readable checkpoint.
     """
     origin, base = _peek(src)
-    architecture, reason = None, None
+    architecture, reason, grown_before = None, None, 0
     try:
         architecture = locate(base.config, base.infos)
-    except FamilyError as error:
+        grown_before = len(history(base))
+    except (FamilyError, FormatError) as error:
         reason = str(error)
-    return _inspection(origin, base, architecture, reason)
+    return _inspection(origin, base, architecture, reason, grown_before)
 
 
-def plan_expand(src: Source, out: Source, **options: Any) -> Proposal:
+def plan_expand(
+    src: Source,
+    out: Source,
+    *,
+    factor: int | None = None,
+    width: int | None = None,
+    multiple_of: int = 1,
+    policy: str = "g-freeze",
+    shares: ShareChoice = "auto",
+    seed: int = 0,
+) -> Proposal:
     """What `expand` would do with the same options, for `--plan`: reads headers only and writes nothing.
 
     Raises CkptgrowError for whatever `expand` would refuse before its first byte, but for an existing OUT and a
     full disk, which the figures show.
     """
     origin, base = _peek(src)
-    return _prepare(origin, base, Path(out), Growth(**options)).proposal
+    return _prepare(origin, base, Path(out), Growth(factor, width, multiple_of, policy, shares, seed)).proposal
 
 
 def expand(
@@ -76,24 +86,26 @@ def expand(
     resume: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
+    bars: bool = False,
 ) -> Expansion:
     """Grow every MLP of `src` (a folder or `org/name[@revision]`) into the new folder `out`, the same function.
 
     `factor` (2 if neither is given) or `width` says how wide; `policy` what will train (METHOD.md 4); `shares` and
     `seed` how each column of down is shared out among the copies of its unit (METHOD.md 2, 3). `force` replaces an
     existing `out` once the new one is complete; `resume` goes on from a killed run; `verify` proves what was written
-    before `out` appears. Raises CkptgrowError, and then nothing is left on disk.
+    before `out` appears; `bars` lets huggingface_hub draw its own while it downloads. Raises CkptgrowError (and OSError
+    where the system fails), and then nothing is left on disk.
     """
     growth = Growth(factor, width, multiple_of, policy, shares, seed)
-    target, report = Path(out), progress or _silent
-    seen = preview(src)
+    report, seen = progress or _silent, preview(src)
+    target = Path(out).resolve()
     check_apart(target, seen.origin.folder)
-    check_target(target, force=force)
-    job = _prepare(seen.origin, open_checkpoint(seen.origin.folder, seen.headers), target, growth)
+    check_target(Path(out), force=force)
+    job = _prepare(seen.origin, open_checkpoint(seen.origin.folder, seen.headers), Path(out), growth)
     check_space(target, job.proposal.bytes_to_write)
     if seen.headers:  # all that can be refused has been: now the weights
-        origin = fetch(src, progress=progress is not None)
-        job = _prepare(origin, open_checkpoint(origin.folder), target, growth)
+        origin = fetch(src, progress=bars)
+        job = _prepare(origin, open_checkpoint(origin.folder), Path(out), growth)
     with Staging(target, job.identity, force=force, resume=resume) as staging:
         inexact = write_shards(
             job.layout,
@@ -102,13 +114,18 @@ def expand(
             _Meter(report, "writing", sum(shard.nbytes for shard in job.layout.shards)),
         )
         manifest = _write_rest(job, staging, inexact)
-        verification = _verified(job, staging.folder, target, report) if verify else None
+        verification = _verified(job, staging.folder, report) if verify else None
         staging.commit()
-    return Expansion(target, job.proposal, manifest, verification)
+    return Expansion(Path(out), job.proposal, manifest, verification)
 
 
 def verify(
-    base: Source, grown: Source, *, logits: Source | None = None, progress: Progress | None = None
+    base: Source,
+    grown: Source,
+    *,
+    logits: Source | None = None,
+    progress: Progress | None = None,
+    bars: bool = False,
 ) -> Verification:
     """Whether `grown` is the same function as `base`: three answers from the bytes of both, strongest first.
 
@@ -118,7 +135,7 @@ def verify(
     from ckptgrow.probe import probed
 
     report = progress or _silent
-    mine, its = fetch(base, progress=progress is not None), fetch(grown, progress=progress is not None)
+    mine, its = fetch(base, progress=bars), fetch(grown, progress=bars)
     one, other = open_checkpoint(mine.folder), open_checkpoint(its.folder)
     architecture = locate(one.config, one.infos)
     answers = list(_answers(one, other, architecture, report))
@@ -166,7 +183,9 @@ def _peek(src: Source) -> tuple[Origin, Checkpoint]:
     return seen.origin, open_checkpoint(seen.origin.folder, seen.headers)
 
 
-def _inspection(origin: Origin, base: Checkpoint, architecture: Architecture | None, reason: str | None) -> Inspection:
+def _inspection(
+    origin: Origin, base: Checkpoint, architecture: Architecture | None, reason: str | None, grown_before: int
+) -> Inspection:
     dtypes: Counter[str] = Counter()
     for info in base.infos.values():
         dtypes[info.dtype] += info.elements
@@ -176,7 +195,7 @@ def _inspection(origin: Origin, base: Checkpoint, architecture: Architecture | N
         source=origin.id,
         revision=origin.revision,
         model_type=model_type if isinstance(model_type, str) else None,
-        growable=architecture is not None,
+        growable=reason is None,
         reason=reason,
         gated=family.template.gated if family else None,
         norm_after=family.norm_after if family else None,
@@ -186,7 +205,7 @@ def _inspection(origin: Origin, base: Checkpoint, architecture: Architecture | N
         shards=len(base.shards),
         dtypes=dict(dtypes.most_common()),
         ties=ties(base.config, family, base.infos) if family else {},
-        grown_before=len(history(base)),
+        grown_before=grown_before,
     )
 
 
@@ -279,11 +298,11 @@ def _named(origin: Origin) -> tuple[str, str | None]:
     return (origin.id, origin.revision) if origin.revision else (folder.resolve().name, None)
 
 
-def _verified(job: _Job, folder: Path, target: Path, report: Progress) -> Verification:
+def _verified(job: _Job, folder: Path, report: Progress) -> Verification:
     """The first two answers on what was just written. Raises PlanError unless both are yes: a bug, not the user's."""
     written = open_checkpoint(folder)
     answers = tuple(_answers(job.base, written, job.architecture, report))
-    verification = Verification(job.origin.id, str(target), answers)
+    verification = Verification(job.origin.id, job.proposal.out, answers)
     if verification.exit_code:
         finding = next(finding for answer in answers for finding in answer.findings)
         raise PlanError(

@@ -110,7 +110,7 @@ class Staging:
     def put(self, name: str, text: str) -> None:
         """Write a small file, flushed to disk."""
         with (self.folder / name).open("wb") as file:
-            file.write(text.encode())
+            file.write(text.encode(errors="replace"))  # a folder's name may be anything
             file.flush()
             os.fsync(file.fileno())
 

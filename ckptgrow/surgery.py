@@ -12,6 +12,7 @@ from ckptgrow.policy import POLICIES, SHARE_CHOICES, Policy, ShareChoice, kinds,
 from ckptgrow.tensors import TensorInfo
 
 BASE = "base"
+MOST_COPIES = 1024  # a Plan names each copy; nobody grows a model a thousandfold
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,10 @@ class Growth:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("factor", "width", "multiple_of", "seed"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise RequestError(f"{name} is {value!r}, not a whole number")
         if self.factor is not None and self.width is not None:
             raise RequestError("--factor and --width exclude each other")
         if self.factor is not None and self.factor < 2:
@@ -49,6 +54,8 @@ class Growth:
         rounded = -(-wanted // self.multiple_of) * self.multiple_of
         if wanted <= old:
             raise RequestError(f"--width {wanted} is not above the present width {old}")
+        if rounded > MOST_COPIES * old:
+            raise RequestError(f"a width of {rounded:,} makes more than {MOST_COPIES:,} copies of a unit")
         return rounded
 
 

@@ -21,6 +21,7 @@ ORDER = [
     *PURE,
     "checkpoint",
     "numeric",
+    "journal",
     "staging",
     "execute",
     "units",

@@ -7,13 +7,16 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
 import torch
 from click.testing import CliRunner
 
+import ckptgrow
 from ckptgrow.cli import main
+from ckptgrow.errors import RequestError
 from ckptgrow.layout import INDEX
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -143,11 +146,55 @@ def test_a_broken_source_is_refused(base: Path, tmp_path: Path, fault: str) -> N
         (["--width", 5, "--multiple-of", 4], "not above the present width 12"),
         (["--multiple-of", 0], "--multiple-of 0"),
         (["--seed", -1], "--seed -1"),
+        (["--factor", 99999999999999], "more than 1,024 copies"),
+        (["--width", 99999999999999, "--plan"], "more than 1,024 copies"),
     ],
 )
 def test_options_that_make_no_sense(base: Path, tmp_path: Path, options: list[object], message: str) -> None:
     """Options that contradict each other or the checkpoint."""
     assert message in refused(base, tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"factor": 2.5}, {"factor": "3"}, {"width": 30.0}, {"seed": 1.5}, {"factor": True}]
+)
+def test_python_options_of_another_type(base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """The library refuses with its own error what the command line cannot even say."""
+    with pytest.raises(RequestError, match="not a whole number"):
+        ckptgrow.expand(base, tmp_path / "out", **options)
+
+
+def test_odd_outs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.` and `..` and roundabout paths are resolved before anything is made."""
+    monkeypatch.chdir(base)
+    for out in (".", "..", "../base/."):
+        for options in ([], ["--force"]):
+            code, _, message = run("expand", base, out, *options)
+            assert (code, message.count("\n")) == (2, 1)
+    monkeypatch.chdir(tmp_path)
+    assert run("expand", "base", "nowhere/../out")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+    monkeypatch.chdir(tmp_path / "out")
+    assert run("expand", base, ".", "--force", "--factor", 3)[0] == 0
+
+
+def test_a_name_that_is_not_utf8(base: Path, tmp_path: Path) -> None:
+    """A folder may be called anything."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff"))
+    base.rename(odd)
+    ckptgrow.expand(odd, tmp_path / "out")
+    assert ckptgrow.verify(odd, tmp_path / "out").exit_code == 0
+
+
+def test_a_bug_is_exit_status_2(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 means that the answer is no: what nobody foresaw must not look like it, and keeps its trace."""
+    from ckptgrow import operations
+
+    monkeypatch.setattr(operations, "expand", lambda *a, **k: 1 / 0)
+    code, _, message = run("expand", base, tmp_path / "out")
+    assert code == 2
+    assert "ZeroDivisionError" in message
+    assert message.endswith("please report it with the lines above.\n")
 
 
 def test_options_that_click_refuses(base: Path, tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ def test_another_dtype_is_another_checkpoint(base: Path, grown: Path) -> None:
         ({"intermediate_size": 12}, 1, "intermediate_size is 12, but the tensors have width 24"),
         ({"rope_theta": 5.0}, 2, "rope_theta stands only in the grown one"),
         ({"transformers_version": "5.0"}, 0, ""),
+        ({"rms_norm_eps": float("nan")}, 1, "rms_norm_eps is nan"),
     ],
 )
 def test_config(base: Path, grown: Path, change: dict[str, object], code: int, problem: str) -> None:
@@ -244,7 +245,15 @@ def test_a_free_unit_may_be_anything(base: Path, grown: Path) -> None:
         tensors[GATE][15] = 7
 
     checkpoints.edit(grown, free)
-    assert ckptgrow.verify(base, grown).exit_code == 0
+    result = ckptgrow.verify(base, grown)
+    assert result.exit_code == 0
+    assert "47 units and 1 units with a zero column are 24 base units" in result.answers[1].figure
+
+
+def test_a_config_with_nan_is_itself(base: Path) -> None:
+    """NaN is not equal to NaN, but the same text is the same value."""
+    checkpoints.edit_config(base, strange=float("nan"))
+    assert ckptgrow.verify(base, base).exit_code == 0
 
 
 def test_equal_base_units_count_as_one(base: Path, tmp_path: Path) -> None:
@@ -278,19 +287,35 @@ def test_a_tiny_share_is_not_lost_in_rounding(tmp_path: Path) -> None:
     assert "unit 6 (now units 6, 18, 30)" in named(result, DOWN)
 
 
-def test_sums_are_exact_or_refused() -> None:
-    """Two float64 hold what shares of one weight need; what would be lost beyond them is never taken for equal."""
-    import numpy as np
+def test_sums_longer_than_float64(tmp_path: Path) -> None:
+    """Equal base units are added up together, and their columns may spread over any magnitudes: still exact."""
+    base = checkpoints.make(tmp_path / "base", dtype="F32", width=64, hidden=16)
 
-    def summed(*terms: float) -> equivalence._Exact:
-        total = equivalence._Exact((1, 1, 1))
-        total.add_turns(np.array(terms).reshape(1, -1, 1), [(np.array([i]), np.array([0])) for i in range(len(terms))])
-        return total
+    def spread(tensors: Tensors) -> None:
+        for name in (GATE, UP):
+            tensors[name][20:] = 0
+        generator = torch.Generator().manual_seed(1)
+        tensors[DOWN] *= 10.0 ** torch.empty(16, 64).uniform_(-30, 0, generator=generator)
 
-    assert summed(1.0, 1e-30).minus(summed(1e-30, 1.0)).max() == 0
-    assert summed(1.0, 1e-30).minus(summed(1.0)).max() > 0
-    assert summed(1.0, 1e-30, 1e-30, -1.0).minus(summed(2e-30)).max() == 0
-    assert summed(1.0, 1e-20, 1e-38, -1e-20).minus(summed(1.0)).max() > 0
+    checkpoints.edit(base, spread)
+    grown = ckptgrow.expand(base, tmp_path / "out", shares="random").folder
+    assert ckptgrow.verify(base, grown).exit_code == 0
+    checkpoints.edit(grown, lambda t: t[DOWN].view(torch.int32)[3, 40:41].bitwise_xor_(1))
+    assert "off by" in named(ckptgrow.verify(base, grown), DOWN)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_free_unit_must_be_finite(base: Path, grown: Path, value: float) -> None:
+    """Zero times infinity is not zero: a unit with a zero column and such a row changes the function."""
+
+    def free(tensors: Tensors) -> None:
+        tensors[DOWN][:, 3] += tensors[DOWN][:, 15]
+        tensors[DOWN][:, 15] = 0
+        tensors[UP][15, 2] = value
+
+    checkpoints.edit(grown, free)
+    result = ckptgrow.verify(base, grown)
+    assert (result.exit_code, named(result, UP)) == (1, "the column of unit 15 is zero, but its row is infinite or NaN")
 
 
 def test_colliding_digests_are_looked_through(base: Path, grown: Path, monkeypatch: pytest.MonkeyPatch) -> None:
