@@ -26,7 +26,7 @@ from ckptgrow.families import Architecture, locate, ties
 from ckptgrow.hub import Origin, fetch, preview
 from ckptgrow.layout import INDEX, Layout, lay
 from ckptgrow.manifest import CONFIG_KEY, Grown, Manifest, describe, history, identify, read_mask
-from ckptgrow.policy import ShareChoice, kinds, rule_for, shares
+from ckptgrow.policy import ShareChoice, said
 from ckptgrow.proof import prove, prove_marks
 from ckptgrow.results import Block, Expansion, Inspection, Proposal, Verification
 from ckptgrow.staging import Staging, check_apart, check_space, check_target, free_bytes
@@ -218,6 +218,7 @@ def _blocks(base: Checkpoint, architecture: Architecture) -> Iterator[Block]:
 def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Job:
     """Everything that can be known, and refused, before the first byte is written."""
     architecture = locate(base.config, base.infos)
+    old = architecture.width
     history(base)
     plan = surgery.expand(base.infos, architecture, growth)
     prove(plan, base.infos, architecture)
@@ -233,7 +234,7 @@ def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Jo
         family=architecture.family.model_type,
         policy=growth.policy,
         policy_about=growth.rules.about,
-        shares=tuple(_shares_said(architecture, growth)),
+        shares=tuple(said(old, growth.new_width(old), growth.rules, growth.shares)),
         blocks=grown.blocks,
         parameters_before=base.parameters,
         parameters_after=grown.counts.trainable + grown.counts.frozen,
@@ -248,23 +249,6 @@ def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Jo
         plan=plan,
     )
     return _Job(origin, base, architecture, growth, layout, grown, proposal)
-
-
-def _shares_said(architecture: Architecture, growth: Growth) -> Iterator[str]:
-    """How the columns of down are shared out, and why: a sentence for each number of copies that occurs."""
-    for count, units in kinds(architecture.width, growth.new_width(architecture.width)):
-        if count == 1:
-            yield f"the other {len(units):,} units are not copied"
-            continue
-        rule = rule_for(count, growth.rules, growth.shares)
-        dealt = list(shares(count, growth.rules, growth.shares, growth.seed))
-        said = f"{rule}: {len(units):,} units come in {count} copies"
-        if any(share and share.of for share in dealt):
-            said += ", the original keeps one half"
-        if growth.shares == "auto":
-            alike = "two trainable copies would otherwise stay" if rule == "random" else "no two trainable copies are"
-            said += f" (auto: {alike} equal)"
-        yield said
 
 
 # ---------------------------------------------------------------- writing

@@ -97,3 +97,19 @@ def rule_for(copies: int, policy: Policy, choice: ShareChoice) -> Rule:
     if choice != "auto":
         return choice
     return "random" if policy.trainable_copies(copies) > 1 else "even"
+
+
+def said(old: int, new: int, policy: Policy, choice: ShareChoice) -> Iterator[str]:
+    """How the columns of down are shared out, and why: a sentence for each number of copies that occurs."""
+    for count, units in kinds(old, new):
+        if count == 1:
+            yield f"the other {len(units):,} units are not copied"
+            continue
+        rule = rule_for(count, policy, choice)
+        sentence = f"{rule}: {len(units):,} units come in {count} copies"
+        if any(share and share.of for share in shares(count, policy, choice, 0)):
+            sentence += ", the original keeps one half"
+        if choice == "auto":
+            alike = "two trainable copies would otherwise stay" if rule == "random" else "no two trainable copies are"
+            sentence += f" (auto: {alike} equal)"
+        yield sentence
