@@ -1,10 +1,11 @@
 """Grow the MLPs of a Hugging Face checkpoint without changing the function it computes, and prove it.
 
-The three verbs of the command line, with the same words:
+The verbs of the command line, with the same words:
 
     inspect(src)            what it is and whether it can grow
     expand(src, out, ...)   grow it; `plan_expand` says what that would do
     verify(base, grown)     are they the same function?
+    audit(grown, trained)   did training leave the frozen part alone?
 
 Names are imported when they are first used, so that `ckptgrow --help` starts at once.
 """
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
         PlanError,
         RequestError,
     )
-    from ckptgrow.operations import expand, inspect, plan_expand, verify
+    from ckptgrow.operations import audit, expand, inspect, plan_expand, verify
     from ckptgrow.results import Expansion, Inspection, Proposal, Verification
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "RequestError",
     "Verification",
     "__version__",
+    "audit",
     "expand",
     "inspect",
     "plan_expand",

@@ -108,10 +108,19 @@ def open_checkpoint(folder: Path, remote: Mapping[str, tuple[bytes, int]] | None
 
     Raises FormatError for anything missing, broken or contradictory, naming the file and the tensor.
     """
+    return _opened(folder, remote or {}, bare=False)
+
+
+def open_weights(folder: Path) -> Checkpoint:
+    """Open a folder that may have tensors and no config.json, as exports of a trainer's state do."""
+    return _opened(folder, {}, bare=not (folder / CONFIG).is_file())
+
+
+def _opened(folder: Path, remote: Mapping[str, tuple[bytes, int]], *, bare: bool) -> Checkpoint:
     try:
-        config_text, config = _json(folder / CONFIG)
+        config_text, config = ("", {}) if bare else read_json(folder / CONFIG)
         index = _index(folder)
-        shards = {file: _shard(folder, file, remote or {}) for file in _shard_names(folder, index, remote or {})}
+        shards = {file: _shard(folder, file, remote) for file in _shard_names(folder, index, remote)}
         checkpoint = Checkpoint(folder, config_text, config, index, shards)
         _check_names(checkpoint)
     except CkptgrowError as error:
@@ -120,7 +129,8 @@ def open_checkpoint(folder: Path, remote: Mapping[str, tuple[bytes, int]] | None
     return checkpoint
 
 
-def _json(path: Path) -> tuple[str, Mapping[str, Any]]:
+def read_json(path: Path) -> tuple[str, Mapping[str, Any]]:
+    """A JSON object: its text and its value."""
     if not path.is_file():
         raise FormatError("there is no such file", file=path.name, hint="SRC must be a Hugging Face checkpoint folder.")
     try:
@@ -136,7 +146,7 @@ def _json(path: Path) -> tuple[str, Mapping[str, Any]]:
 def _index(folder: Path) -> Mapping[str, Any] | None:
     if not (folder / INDEX).is_file():
         return None
-    _, index = _json(folder / INDEX)
+    _, index = read_json(folder / INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError("it has no weight_map", file=INDEX)

@@ -48,20 +48,24 @@ class Layout:
 
 
 def lay(
-    plan: Plan, headers: Mapping[str, Header], infos: Mapping[str, TensorInfo], index: Mapping[str, Any] | None
+    plan: Plan,
+    headers: Mapping[str, Header],
+    infos: Mapping[str, TensorInfo],
+    index: Mapping[str, Any] | None,
+    source: str = "base",
 ) -> Layout:
-    """The files of the result of a Plan on a source with these shard headers and this index (None: one file)."""
+    """The files of the result of a Plan, laid out as `source` is: its shard headers and index (None: one file)."""
     home = {info.name: file for file, header in headers.items() for info in header.tensors}
     outputs: dict[str, list[Output]] = defaultdict(list)
     for output in plan.outputs:
         outputs[home[output.name]].append(output)
-    shards = tuple(_shard(file, outputs[file], header, infos) for file, header in headers.items())
+    shards = tuple(_shard(file, outputs[file], header, infos, source) for file, header in headers.items())
     return Layout(shards, _index(index, plan) if index is not None else None)
 
 
-def _shard(file: str, outputs: list[Output], source: Header, infos: Mapping[str, TensorInfo]) -> Shard:
-    whole = len(outputs) == len(source.tensors) and all(o.is_copy_of(infos[o.name]) for o in outputs)
-    header = source if whole else arrange((o.info for o in outputs), source.metadata)
+def _shard(file: str, outputs: list[Output], was: Header, infos: Mapping[str, TensorInfo], source: str) -> Shard:
+    whole = len(outputs) == len(was.tensors) and all(o.is_copy_of(infos[o.name], source) for o in outputs)
+    header = was if whole else arrange((o.info for o in outputs), was.metadata)
     by_name = {output.name: output for output in outputs}
     return Shard(file, header, tuple(by_name[t.name] for t in header.tensors), whole)
 

@@ -13,13 +13,14 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckptgrow import equivalence, surgery
 from ckptgrow.card import card, licence
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, open_checkpoint
 from ckptgrow.config import set_value
+from ckptgrow.drift import Audit, compare_names, examine
 from ckptgrow.errors import FamilyError, FormatError, PlanError
 from ckptgrow.execute import write_shards
 from ckptgrow.families import Architecture, locate, ties
@@ -28,6 +29,8 @@ from ckptgrow.layout import INDEX, Layout, lay
 from ckptgrow.manifest import CONFIG_KEY, Grown, Manifest, describe, history, identify, read_mask
 from ckptgrow.policy import ShareChoice, said
 from ckptgrow.proof import prove, prove_marks
+from ckptgrow.repair import check_repairable
+from ckptgrow.repair import repair as put_back
 from ckptgrow.results import Block, Expansion, Inspection, Proposal, Verification
 from ckptgrow.staging import Staging, check_apart, check_space, check_target, free_bytes
 from ckptgrow.surgery import BASE, Growth
@@ -149,6 +152,36 @@ def verify(
 
         answers.append(compared(mine.folder, its.folder, Path(logits)))
     return Verification(str(base), str(grown), tuple(answers))
+
+
+def audit(
+    grown: Source,
+    trained: Source,
+    *,
+    repair: Source | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    bars: bool = False,
+) -> Audit:
+    """Whether training left the frozen elements of `grown` alone in `trained`, and if not, what moved them.
+
+    `repair` names a new folder for the trained checkpoint with its frozen elements put back; `force` does so even
+    where they were trained, which destroys what they learned. Where nothing moved, nothing is written. Raises
+    CkptgrowError for what cannot be compared, and then nothing is left on disk.
+    """
+    mine, its = fetch(grown, progress=bars).folder, Path(trained)
+    out, report = Path(repair).resolve() if repair is not None else None, progress or _silent
+    if out is not None:
+        check_target(out, force=False)
+        check_apart(out, mine)
+        check_apart(out, its)
+    job = compare_names(mine, its)
+    seen, drifted = examine(job, _Meter(report, "auditing", job.elements))
+    if out is None or (seen.cause == "nothing" and not seen.findings):
+        return seen
+    check_repairable(job, seen, force)
+    put_back(job, seen, drifted, out, _Meter(report, "repairing", job.trained_bytes))
+    return replace(seen, repaired=str(repair))
 
 
 # ---------------------------------------------------------------- inspecting and planning
