@@ -1,0 +1,98 @@
+"""Where one tensor divides into what trains and what is frozen: ranges along one axis, and the acts on them.
+
+The only arithmetic of training: take the slices, put them together again, and tell by a number whether bits moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ckptgrow.errors import FormatError
+from ckptgrow.policy import Box
+
+Span = tuple[int, int]
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 22
+_PRIME, _WORD = 1_000_003, (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The half-open ranges along an axis that train, in order and apart; the rest of [0, size) is frozen."""
+
+    axis: int
+    size: int
+    trained: tuple[Span, ...]
+
+    def pieces(self) -> Iterator[tuple[int, int, bool]]:
+        """The whole axis in order: start, stop, and whether it trains."""
+        place = 0
+        for start, stop in self.trained:
+            if start > place:
+                yield place, start, False
+            yield start, stop, True
+            place = stop
+        if place < self.size:
+            yield place, self.size, False
+
+    @property
+    def frozen(self) -> tuple[Span, ...]:
+        return tuple((start, stop) for start, stop, trains in self.pieces() if not trains)
+
+    @property
+    def order(self) -> tuple[tuple[int, bool], ...]:
+        """Lengths instead of places: what `interleave` needs."""
+        return tuple((stop - start, trains) for start, stop, trains in self.pieces())
+
+    def within(self, start: int, stop: int) -> Cut:
+        """The same cut seen from a shard that holds only [start, stop) of the axis."""
+        clipped = ((max(a, start) - start, min(b, stop) - start) for a, b in self.trained)
+        return Cut(self.axis, stop - start, tuple(span for span in clipped if span[0] < span[1]))
+
+    def slices(self, tensor: Tensor, spans: Iterable[Span]) -> Iterator[Tensor]:
+        """Views."""
+        for start, stop in spans:
+            yield tensor.narrow(self.axis, start, stop - start)
+
+    def take(self, tensor: Tensor, spans: Iterable[Span]) -> Tensor:
+        """A fresh tensor of these ranges: it shares no memory, which safetensors and optimizers rely on."""
+        return torch.cat(list(self.slices(tensor, spans)), self.axis)
+
+
+def interleave(frozen: Tensor, trained: Tensor, axis: int, order: tuple[tuple[int, bool], ...]) -> Tensor:
+    """The whole tensor again, fresh. Takes plain numbers, so that torch.compile can trace it."""
+    if len(order) == 2:
+        return torch.cat([trained, frozen] if order[0][1] else [frozen, trained], axis)
+    taken, parts = [0, 0], []
+    for length, trains in order:
+        parts.append((trained if trains else frozen).narrow(axis, taken[trains], length))
+        taken[trains] += length
+    return torch.cat(parts, axis)
+
+
+def cut_of(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> Cut | None:
+    """The cut that these boxes are; None where they are the whole tensor. Raises FormatError where they are neither."""
+    partial = {axis for box in boxes for axis, span in enumerate(box) if span != (0, shape[axis])}
+    if not partial:
+        return None
+    axis = min(partial)
+    spans = tuple(sorted(box[axis] for box in boxes))
+    ends = [0, *(end for span in spans for end in span), shape[axis]]
+    if len(partial) > 1 or ends != sorted(ends):
+        raise FormatError(f"boxes {boxes} are not ranges along one axis of {shape}")
+    return Cut(axis, shape[axis], spans)
+
+
+def fingerprint(parts: Iterable[Tensor]) -> int:
+    """A number that changes when a bit moves or two elements change places."""
+    total = 0
+    for part in parts:
+        flat = part.detach().contiguous().view(-1)
+        for chunk in torch.split(flat.view(_INTEGERS[flat.element_size()]), _CHUNK):
+            weights = torch.arange(1, 2 * chunk.numel() + 1, 2, device=chunk.device)
+            total = (total * _PRIME + int((chunk.long() * weights).sum())) & _WORD
+    return total

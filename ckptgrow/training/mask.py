@@ -1,0 +1,176 @@
+"""The other way to freeze: whole parameters, whose gradients are zero where they are frozen.
+
+For what cannot be split: models that are wrapped already, layers that are not plain Linears. A zero gradient alone
+does not hold a weight still: decay, momentum of before and 8-bit states move it. `guard` puts it back after each step;
+without a guard, an optimizer that would move it is refused. Zeros are filled in, never multiplied: 0 * inf is NaN.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ckptgrow.training.cut import Cut
+from ckptgrow.training.handle import Handle, local, unwrapped
+from ckptgrow.training.resolve import FreezeError, Target
+
+# Keys of an optimizer's groups that shrink a weight whose gradient is zero; `lambd` is ASGD's.
+_DECAYS = ("weight_decay", "lambd")
+_GUARD = "Call handle.guard(optimizer), or switch that off for the masked tensors."
+
+
+class MaskHandle(Handle):
+    """A model whose gradients are masked while they are made, so before any clipping."""
+
+    def _install(self) -> None:
+        self._hooks: list[RemovableHandle] = []
+        self._fired: set[str] = set()
+        self._kept: dict[str, list[Tensor]] = {}
+        self._guarded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        for target in self.targets:
+            target.parameter.requires_grad_(True)
+        for target, parameter, cut in self._masked():
+            if hasattr(parameter, "to_local"):  # a sharded parameter is no part of the graph: only its .grad is seen
+                hook: RemovableHandle = parameter.register_post_accumulate_grad_hook(
+                    partial(self._clear, target.name, cut)
+                )  # type: ignore[no-untyped-call]
+            else:
+                hook = parameter.register_hook(partial(self._cleared, target.name, cut))  # type: ignore[no-untyped-call]
+            self._hooks.append(hook)
+
+    def _uninstall(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def trained(self) -> dict[str, Tensor]:
+        return {target.name: target.parameter for target in self.targets}
+
+    def guard(self, optimizer: Optimizer) -> None:
+        """Put the frozen elements back after each step of this optimizer, from a copy that is made now."""
+        optimizer = unwrapped(optimizer)
+        for target, parameter, cut in self._masked():
+            if target.name not in self._kept:
+                self._kept[target.name] = [part.clone() for part in cut.slices(local(parameter), cut.frozen)]
+        self._hooks.append(optimizer.register_step_post_hook(self._restore))
+        self._guarded.add(optimizer)
+        self.check(optimizer)
+
+    def _masked(self) -> Iterator[tuple[Target, Tensor, Cut]]:
+        """The parameters as they are now, each with its cut as this process's shard sees it."""
+        for target in self.targets:
+            if target.cut is not None:
+                parameter = target.parameter
+                yield target, parameter, local_cut(parameter, target.cut)
+
+    def _frozen(self) -> Iterator[tuple[str, Tensor, Cut | None]]:
+        trained = {id(parameter) for parameter in self.trained().values()}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in trained:
+                yield name, parameter, None
+        for target, masked, cut in self._masked():
+            yield target.name, masked, cut
+
+    def _cleared(self, name: str, cut: Cut, gradient: Tensor) -> Tensor:
+        """The gradient, zero where frozen. A copy: autograd may still need its own."""
+        self._fired.add(name)
+        gradient = gradient.clone()
+        for part in cut.slices(gradient, cut.frozen):
+            part.zero_()
+        return gradient
+
+    def _clear(self, name: str, cut: Cut, parameter: Tensor) -> None:
+        """The same on what has been accumulated in this process's shard."""
+        self._fired.add(name)
+        if parameter.grad is not None:
+            for part in cut.slices(local(parameter.grad), cut.frozen):
+                part.zero_()
+
+    @torch.no_grad()
+    def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for target, parameter, cut in self._masked():
+            for part, kept in zip(cut.slices(local(parameter), cut.frozen), self._kept[target.name], strict=True):
+                part.copy_(kept)
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        if optimizer in self._guarded:
+            return
+        masked = {id(held): (target.name, cut) for target, held, cut in self._masked()}
+        for group in optimizer.param_groups:
+            decays = [f"{key}={group[key]}" for key in _DECAYS if group.get(key)]
+            for parameter in (p for p in group["params"] if id(p) in masked):
+                name, cut = masked[id(parameter)]
+                if decays:
+                    raise FreezeError(f"{decays[0]} would move its frozen part", tensor=name, hint=_GUARD)
+                if _remembers(optimizer.state.get(parameter, {}), parameter, cut):
+                    raise FreezeError("the optimizer's state would move its frozen part", tensor=name, hint=_GUARD)
+
+    def _check_gradients(self, optimizer: Optimizer) -> None:
+        """Did every hook fire? Some wrappers replace parameters, some hand over gradients behind autograd's back."""
+        super()._check_gradients(optimizer)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for target, parameter, cut in self._masked():
+            if id(parameter) not in held or parameter.grad is None:
+                continue
+            if target.name not in self._fired or _any(local(parameter.grad), cut):
+                raise FreezeError(
+                    "its gradient was not masked: the hook did not fire, or something wrote after it",
+                    tensor=target.name,
+                    hint="Freeze after the model has been wrapped or sharded, and before the first step.",
+                )
+
+
+def check_maskable(model: nn.Module, targets: tuple[Target, ...]) -> None:
+    """Raise FreezeError where no hook would ever see a gradient; nothing has been touched yet."""
+    wrappers = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    if "FullyShardedDataParallel" in wrappers:
+        raise FreezeError(
+            "the model is wrapped in FSDP1, which never runs hooks of parameters",
+            hint='Use how="split" before wrapping (use_orig_params=True), or FSDP2.',
+        )
+    wanted = {id(target.parameter) for target in targets}
+    still = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in wanted]
+    if "DistributedDataParallel" in wrappers and still:
+        raise FreezeError(
+            "DDP waits for the gradient of whatever required one when it wrapped the model",
+            tensor=still[0],
+            hint="Freeze before wrapping, or at least call require_grad(model, manifest).",
+        )
+    for target in targets:
+        if hasattr(target.parameter, "main_grad"):
+            raise FreezeError(
+                "its gradient goes to main_grad, which no hook sees",
+                tensor=target.tensor.name,
+                hint="Switch gradient accumulation fusion off.",
+            )
+
+
+def local_cut(parameter: Tensor, cut: Cut) -> Cut:
+    """The cut of this process's shard of a DTensor, at its own offset; of any other tensor, the cut."""
+    if not hasattr(parameter, "to_local"):
+        return cut
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape,
+        parameter.device_mesh,  # type: ignore[attr-defined]
+        parameter.placements,  # type: ignore[attr-defined]
+    )
+    start = offset[cut.axis]
+    return cut.within(start, start + shape[cut.axis])
+
+
+def _remembers(state: Any, parameter: Tensor, cut: Cut) -> bool:
+    """Whether an optimizer's state (momentum of steps without the mask) has anything where the tensor is frozen."""
+    tensors = (value for value in state.values() if isinstance(value, Tensor) and value.shape == parameter.shape)
+    return any(_any(local(tensor), cut) for tensor in tensors)
+
+
+def _any(shard: Tensor, cut: Cut) -> bool:
+    return any(bool(part.count_nonzero()) for part in cut.slices(shard, cut.frozen))

@@ -1,0 +1,138 @@
+"""Which parameters of a model a manifest speaks of, and whether it speaks of this model at all.
+
+Refuses a manifest that does not belong: another digest in config.json, a tensor the model lacks, another shape.
+Shapes come from the manifest, since a partitioned parameter reports another one or none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ckptgrow.checkpoint import MANIFEST
+from ckptgrow.errors import CkptgrowError, FormatError
+from ckptgrow.manifest import CONFIG_KEY, Manifest, Trainable, load_manifest
+from ckptgrow.training.cut import Cut, cut_of
+
+# What compilers, parallel wrappers, checkpointing and PEFT put into a parameter's name.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\."
+)
+_LEADING = re.compile(r"^(?:base_model\.model\.)?(?:model\.(?=model\.))*")
+
+
+class FreezeError(CkptgrowError):
+    """Training would not keep, or did not keep, the frozen part: a foreign manifest, a wrapper, a leak."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter of which some elements train: the manifest's tensor, where it lives, how it divides."""
+
+    tensor: Trainable
+    name: str
+    module: nn.Module
+    attribute: str
+    cut: Cut | None  # None: all of it trains
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as it is now: wrappers replace parameters, so nobody should keep one."""
+        found: Tensor = getattr(self.module, self.attribute)
+        return found
+
+
+def find_manifest(model: nn.Module, manifest: Manifest | Path | str | None) -> Manifest:
+    """The manifest asked for, or the one beside the model's checkpoint, held against the digest in its config."""
+    if not isinstance(manifest, Manifest):
+        manifest = load_manifest(Path(manifest) if manifest is not None else _beside(model))
+    entry = getattr(_config(model), CONFIG_KEY, None)
+    digest = entry.get("manifest") if isinstance(entry, Mapping) else None
+    if digest not in (None, manifest.digest):
+        raise FreezeError(
+            f"the manifest's digest {manifest.digest[:15]}... is not the {digest[:15]}... in the model's config",
+            tensor=manifest.trainable[0].name,
+            hint=f"Pass the {MANIFEST} of the checkpoint that this model was loaded from.",
+        )
+    return manifest
+
+
+def resolve(model: nn.Module, manifest: Manifest) -> tuple[Target, ...]:
+    """The model's parameter for every trainable tensor of the manifest. Raises FreezeError, changes nothing."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    plain = {_plain(name): name for name in named}
+    return tuple(_target(model, named, plain, tensor, manifest) for tensor in manifest.trainable)
+
+
+def _target(
+    model: nn.Module, named: Mapping[str, Tensor], plain: Mapping[str, str], tensor: Trainable, manifest: Manifest
+) -> Target:
+    candidates = list(_candidates(tensor.name, manifest))
+    name = next((n for n in candidates if n in named), None) or next((plain[n] for n in candidates if n in plain), None)
+    if name is None:
+        raise FreezeError(
+            "the model has no such parameter",
+            tensor=tensor.name,
+            hint="The manifest belongs to another model, or the model was taken apart before it was frozen.",
+        )
+    found = _shape(named[name])
+    if found != tensor.shape:
+        raise FreezeError(
+            f"the model's parameter has the shape {list(found)}, the manifest's {list(tensor.shape)}",
+            tensor=tensor.name,
+            hint="The manifest belongs to another model.",
+        )
+    path, _, attribute = name.rpartition(".")
+    return Target(tensor, name, model.get_submodule(path), attribute, _cut(tensor))
+
+
+def _cut(tensor: Trainable) -> Cut | None:
+    try:
+        return cut_of(tensor.shape, tensor.boxes)
+    except FormatError as error:
+        raise FreezeError(error.problem, tensor=tensor.name) from None
+
+
+def _candidates(name: str, manifest: Manifest) -> Iterator[str]:
+    """The names under which a tensor may be held: as on disk, as in memory, below or without a model's head."""
+    for known in dict.fromkeys((name, manifest.in_memory_names.get(name, name))):
+        yield known
+        yield "model." + known
+        if known.startswith("model."):
+            yield known.removeprefix("model.")
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    return _LEADING.sub("", _WRAPPERS.sub("", name))
+
+
+def _shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter: ZeRO-3 leaves it empty and keeps the shape beside it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _config(model: nn.Module) -> Any:
+    """The config of the model, under whatever wraps it."""
+    for inner in model.modules():
+        if hasattr(inner, "config"):
+            return inner.config
+    return None
+
+
+def _beside(model: nn.Module) -> Path:
+    """The manifest's path in the folder that the model was loaded from."""
+    config = _config(model)
+    source = getattr(config, "_name_or_path", "") or getattr(config, "name_or_path", "")
+    path = Path(source, MANIFEST)
+    if not source or not path.is_file():
+        where = f"{source} is no folder with a {MANIFEST}" if source else "the model does not say where it came from"
+        raise FreezeError(
+            f"the manifest was not found: {where}", hint="Pass the grown checkpoint's folder: freeze(model, folder)."
+        )
+    return path

@@ -1,0 +1,235 @@
+"""The default way to freeze: a linear layer that holds its frozen and its trained part as two parameters.
+
+No optimizer, decay, clipping or 8-bit state ever sees the frozen part, and gradients and optimizer state are as small
+as what trains. The forward pass multiplies by the whole weight, put together for that moment, so its result has the
+bits of the unsplit layer; the backward pass makes the gradient of the trained part alone. On disk nothing changes:
+a state dict has the unsplit names and shapes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from ckptgrow.training.cut import Cut, Span, interleave
+from ckptgrow.training.handle import Handle
+from ckptgrow.training.resolve import FreezeError, Target
+
+FROZEN, TRAINED = "_frozen", "_trained"
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
+_OFFER = 'Freeze before wrapping, or with how="mask".'
+
+
+class _Product(torch.autograd.Function):
+    """Linear with the whole weight; only the two parts are kept for the backward pass, and only one gets a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, frozen: Tensor, trained: Tensor, bias: Tensor | None, axis: int, order: Any, spans: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x, frozen, trained)
+        ctx.axis, ctx.order, ctx.spans = axis, order, spans
+        return functional.linear(x, interleave(frozen, trained, axis, order), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        x, frozen, trained = ctx.saved_tensors
+        to_x = to_trained = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = gradient @ interleave(frozen, trained, ctx.axis, ctx.order)
+        if ctx.needs_input_grad[2]:
+            rows = _columns(gradient, ctx.spans) if ctx.axis == 0 else gradient
+            columns = x if ctx.axis == 0 else _columns(x, ctx.spans)
+            to_trained = _flat(rows).t() @ _flat(columns)
+        if ctx.needs_input_grad[3]:
+            to_bias = _flat(gradient).sum(0)
+        return to_x, None, to_trained, to_bias, None, None, None
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All positions of all sequences in one row of vectors."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _columns(tensor: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    """The ranges of the last dimension that train."""
+    parts = [tensor[..., start:stop] for start, stop in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+class SplitLinear(nn.Linear):
+    """A Linear whose weight, bias or both are kept in two parts. `weight` and `bias` give them whole, to read."""
+
+    cuts: Mapping[str, Cut]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.whole("weight")
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        return None if "bias" in self._parameters and self._parameters["bias"] is None else self.whole("bias")
+
+    def whole(self, attribute: str) -> Tensor:
+        """The parameter in one piece: made anew where it is cut."""
+        if attribute not in self.cuts:
+            found = self._parameters[attribute]
+            assert found is not None
+            return found
+        cut, parameters = self.cuts[attribute], self._parts(attribute)
+        return interleave(*parameters, cut.axis, cut.order)
+
+    def _parts(self, attribute: str) -> tuple[Tensor, Tensor]:
+        return getattr(self, attribute + FROZEN), getattr(self, attribute + TRAINED)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002, the name of the class above
+        if "weight" not in self.cuts:
+            return functional.linear(input, self.weight, self.bias)
+        cut, (frozen, trained) = self.cuts["weight"], self._parts("weight")
+        factors = [input, frozen, trained, self.bias]
+        if torch.is_autocast_enabled(input.device.type):  # it knows linear, but not a Function
+            dtype = torch.get_autocast_dtype(input.device.type)
+            factors = [None if factor is None else factor.to(dtype) for factor in factors]
+        product: Tensor = _Product.apply(*factors, cut.axis, cut.order, cut.trained)  # type: ignore[no-untyped-call]
+        return product
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The unsplit names, whole, in a Linear's order."""
+        own: dict[str, Any] = {}
+        super()._save_to_state_dict(own, prefix, keep_vars)
+        for attribute in self.cuts:
+            whole = self.whole(attribute)
+            own[prefix + attribute] = whole if keep_vars else whole.detach()
+            del own[prefix + attribute + FROZEN], own[prefix + attribute + TRAINED]
+        for name in (prefix + "weight", prefix + "bias"):
+            if name in own:
+                destination[name] = own.pop(name)
+        destination.update(own)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """The unsplit names, taken apart; what is missing or misshapen is said in those names too."""
+        given, missing = dict(state_dict), list[str]()
+        for attribute, cut in self.cuts.items():
+            whole = given.pop(prefix + attribute, None)
+            if whole is None:
+                continue
+            if tuple(whole.shape) != self._shape(attribute):
+                error_msgs.append(
+                    f"size mismatch for {prefix + attribute}: {tuple(whole.shape)} in the checkpoint,"
+                    f" {self._shape(attribute)} in the model."
+                )
+                whole = self.whole(attribute).detach()
+            given[prefix + attribute + FROZEN] = cut.take(whole, cut.frozen)
+            given[prefix + attribute + TRAINED] = cut.take(whole, cut.trained)
+        super()._load_from_state_dict(given, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys += dict.fromkeys(name.removesuffix(FROZEN).removesuffix(TRAINED) for name in missing)
+
+    def _shape(self, attribute: str) -> tuple[int, ...]:
+        return (self.out_features, self.in_features) if attribute == "weight" else (self.out_features,)
+
+
+def split(linear: nn.Linear, cuts: Mapping[str, Cut]) -> None:
+    """Turn a Linear into a SplitLinear, in place: its identity, name, mode and forward hooks stay."""
+    for attribute, cut in cuts.items():
+        whole = linear._parameters.pop(attribute)
+        assert whole is not None
+        for suffix, spans, trains in ((FROZEN, cut.frozen, False), (TRAINED, cut.trained, True)):
+            part = nn.Parameter(cut.take(whole.detach(), spans), requires_grad=trains)
+            linear.register_parameter(attribute + suffix, part)
+    linear.__dict__["cuts"] = dict(cuts)
+    linear.__class__ = SplitLinear
+
+
+def join(linear: SplitLinear) -> None:
+    """The Linear again, with what its trained part has learned."""
+    parameters: dict[str, nn.Parameter | None] = {}
+    for attribute in ("weight", "bias"):
+        cut = attribute in linear.cuts
+        parameters[attribute] = nn.Parameter(linear.whole(attribute).detach()) if cut else linear._parameters[attribute]
+    linear._parameters.clear()
+    del linear.__dict__["cuts"]
+    linear.__class__ = nn.Linear  # type: ignore[assignment]
+    for attribute, parameter in parameters.items():
+        linear.register_parameter(attribute, parameter)
+
+
+class SplitHandle(Handle):
+    """A model whose half-frozen Linear layers are split."""
+
+    def _install(self) -> None:
+        for target in self.targets:
+            if target.cut is None:
+                target.parameter.requires_grad_(True)
+        for module, targets in _by_module(self.targets).items():
+            split(module, {t.attribute: t.cut for t in targets if t.cut is not None})
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        """Nothing it could do reaches the frozen part."""
+
+    def _uninstall(self) -> None:
+        for module in _by_module(self.targets):
+            if isinstance(module, SplitLinear):
+                join(module)
+
+    def trained(self) -> dict[str, Tensor]:
+        suffixed = ((t, "" if t.cut is None else TRAINED) for t in self.targets)
+        return {t.name + suffix: getattr(t.module, t.attribute + suffix) for t, suffix in suffixed}
+
+    def _frozen(self) -> Iterator[tuple[str, Tensor, Cut | None]]:
+        trained = {id(parameter) for parameter in self.trained().values()}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in trained:
+                yield name, parameter, None
+
+
+def check_splittable(model: nn.Module, targets: tuple[Target, ...]) -> None:
+    """Raise FreezeError where a layer cannot be split; nothing has been touched yet."""
+    for module in model.modules():
+        wrapper = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
+        if wrapper:
+            raise FreezeError(f"the model is already wrapped ({wrapper}) and cannot be split", hint=_OFFER)
+    uses: dict[int, int] = defaultdict(int)
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        uses[id(parameter)] += 1
+    for target in targets:
+        if target.cut is None:
+            continue
+        trouble = _trouble(target, uses[id(target.parameter)])
+        if trouble:
+            raise FreezeError(f"{trouble} and cannot be split", tensor=target.tensor.name, hint=_OFFER)
+
+
+def _trouble(target: Target, uses: int) -> str | None:
+    kind = type(target.module)
+    if kind is SplitLinear:
+        return "it is split already"
+    if kind is not nn.Linear:
+        return f"it is a parameter of {kind.__name__}, not of a plain torch.nn.Linear,"
+    if hasattr(target.parameter, "to_local") or hasattr(target.parameter, "ds_id"):
+        return "it is sharded already"
+    return "it is shared by several modules" if uses > 1 else None
+
+
+def _by_module(targets: tuple[Target, ...]) -> dict[nn.Linear, list[Target]]:
+    """The targets to split, by their layer."""
+    found: dict[nn.Linear, list[Target]] = defaultdict(list)
+    for target in targets:
+        if target.cut is not None and isinstance(target.module, nn.Linear):
+            found[target.module].append(target)
+    return found
