@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ckptgrow.version import __version__
 
 if TYPE_CHECKING:
+    from ckptgrow.drift import Audit
     from ckptgrow.errors import (
         CkptgrowError,
         FamilyError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ckptgrow.results import Expansion, Inspection, Proposal, Verification
 
 __all__ = [
+    "Audit",
     "CkptgrowError",
     "Expansion",
     "FamilyError",
