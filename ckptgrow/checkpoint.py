@@ -187,7 +187,12 @@ def _shard(folder: Path, file: str, remote: Mapping[str, tuple[bytes, int]]) -> 
         header = parse_header(head[LENGTH_BYTES:start], nbytes - start)
     except CkptgrowError as error:
         raise error.at(file=file) from None
-    return ShardFile(header, start, nbytes, "sha256:" + hashlib.sha256(head[:start]).hexdigest())
+    return ShardFile(header, start, nbytes, digest_of(head[:start]))
+
+
+def digest_of(data: bytes) -> str:
+    """How this project writes a digest."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 def _read_head(path: Path) -> tuple[bytes, int]:

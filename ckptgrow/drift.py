@@ -14,21 +14,19 @@ Everything streams over mapped files. Putting the frozen part back is repair.py.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ckptgrow.checkpoint import MANIFEST, Bits, Checkpoint, open_checkpoint
+from ckptgrow.checkpoint import MANIFEST, Bits, Checkpoint, digest_of, open_checkpoint
 from ckptgrow.equivalence import Finding
 from ckptgrow.errors import FormatError, RequestError
-from ckptgrow.manifest import CONFIG_KEY, Manifest, Trainable, history, load_manifest
+from ckptgrow.manifest import CONFIG_KEY, Manifest, Trainable, along, history, load_manifest
 from ckptgrow.numeric import FLOATS, Float, Floats, decode, rounded
 from ckptgrow.tensors import TensorInfo
 from ckptgrow.trained import Tensors, match, open_trained
@@ -111,7 +109,7 @@ class Pair:
 
     @property
     def extent(self) -> int:
-        return self.grown.shape[self.axis] if self.grown.shape else 1
+        return self.grown.around(self.axis)[1]
 
     @property
     def frozen(self) -> Spans:
@@ -123,8 +121,7 @@ class Pair:
 
     def view(self, bits: Bits) -> Bits:
         """A tensor as [outer, along the axis, inner]."""
-        outer = math.prod(self.grown.shape[: self.axis])
-        return bits.reshape(outer, self.extent, math.prod(self.grown.shape[self.axis + 1 :]))
+        return bits.reshape(self.grown.around(self.axis))
 
 
 @dataclass(frozen=True)
@@ -194,7 +191,7 @@ def _belonging(grown: Checkpoint, trained: Tensors) -> Iterator[str]:
     named = entry.get("manifest") if isinstance(entry, Mapping) else None
     if named is None:
         yield f"{trained.folder} does not say in its config.json which growth it comes from"
-    elif named != "sha256:" + hashlib.sha256((grown.folder / MANIFEST).read_bytes()).hexdigest():
+    elif named != digest_of((grown.folder / MANIFEST).read_bytes()):
         raise RequestError(
             f"its config.json names another {MANIFEST} than the one in {grown.folder}",
             file=str(trained.folder),
@@ -206,13 +203,10 @@ def _cut(info: TensorInfo, tensor: Trainable | None) -> tuple[int, Spans]:
     """The axis along which a tensor's boxes lie, and what of it trains."""
     if tensor is None:
         return 0, ()
-    axes = {i for box in tensor.boxes for i, span in enumerate(box) if span != (0, info.shape[i])}
-    axis = min(axes, default=0)
-    spans = sorted(box[axis] for box in tensor.boxes)
-    inside = all(0 <= a < b <= info.shape[axis] for a, b in spans)
-    if len(axes) > 1 or not inside or any(a[1] > b[0] for a, b in pairwise(spans)):
-        raise FormatError("its boxes in the manifest are not ranges of one axis", tensor=info.name)
-    return axis, tuple(spans)
+    try:
+        return along(info.shape, tensor.boxes)
+    except FormatError as error:
+        raise error.at(file=MANIFEST, tensor=info.name) from None
 
 
 def _misfit(mine: TensorInfo, its: TensorInfo) -> str | None:

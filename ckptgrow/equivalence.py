@@ -29,12 +29,23 @@ from ckptgrow.checkpoint import Bits, Checkpoint
 from ckptgrow.errors import FormatError
 from ckptgrow.families import Architecture, Mlp, scoped
 from ckptgrow.numeric import Floats, decode
-from ckptgrow.units import Picked, Rows, Units, as_units, fast_digests, lanes, match, slow_digests, turns, unequal
+from ckptgrow.units import (
+    BLOCK_BYTES,
+    Picked,
+    Rows,
+    Units,
+    as_units,
+    fast_digests,
+    lanes,
+    match,
+    slow_digests,
+    turns,
+    unequal,
+)
 
 Verdict = Literal["yes", "no", "cannot tell", "not run"]
 Progress = Callable[[int], None]
 
-BLOCK_BYTES = 1 << 20
 SHOWN = 20  # findings kept for an answer
 NEUTRAL_KEYS = frozenset({"ckptgrow", "transformers_version", "_name_or_path", "torch_dtype", "dtype"})
 

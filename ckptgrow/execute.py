@@ -214,12 +214,7 @@ class _Piece:
         return whole[:, units.start : units.stop] if isinstance(units, range) else whole[:, list(units)]
 
     def _shape(self) -> tuple[int, int, int]:
-        shape = self.source.infos[self.term.name].shape or (1,)
-        return (
-            int(np.prod(shape[: self.axis], dtype=np.int64)),
-            shape[self.axis],
-            int(np.prod(shape[self.axis + 1 :], dtype=np.int64)),
-        )
+        return self.source.infos[self.term.name].around(self.axis)
 
     def bits(self) -> Bits:
         whole = self.source.bits(self.term.name).reshape(self._shape())

@@ -19,6 +19,7 @@ from ckptgrow.errors import FamilyError
 from ckptgrow.plan import Member
 from ckptgrow.tensors import TensorInfo
 
+HEAD = "lm_head.weight"
 # What shares can be made of. Other float formats need their scales grown with them.
 GROWABLE_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
@@ -218,12 +219,16 @@ def in_memory_name(family: Family, name: str) -> str:
 
 def ties(config: Mapping[str, Any], family: Family, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Tensors that are not on disk because they are another one: {"lm_head.weight": the embedding's name}."""
-    head = "lm_head.weight"
     untied = False in (config.get("tie_word_embeddings"), scoped(config, family).get("tie_word_embeddings"))
-    if untied or any(name == head or name.endswith("." + head) for name in infos):
+    if untied or any(ends_in(name, HEAD) for name in infos):
         return {}
-    embeddings = [name for name in infos if name == family.embedding or name.endswith("." + family.embedding)]
-    return {head: embeddings[0]} if embeddings else {}
+    embeddings = [name for name in infos if ends_in(name, family.embedding)]
+    return {HEAD: embeddings[0]} if embeddings else {}
+
+
+def ends_in(name: str, ending: str) -> bool:
+    """Whether a tensor's name is that one, under any prefix."""
+    return name == ending or name.endswith("." + ending)
 
 
 def _check_not_quantised(config: Mapping[str, Any], scope: Mapping[str, Any]) -> None:

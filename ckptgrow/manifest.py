@@ -9,7 +9,6 @@ that survives a trainer's save_pretrained.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptgrow.checkpoint import MANIFEST, Checkpoint
+from ckptgrow.checkpoint import MANIFEST, Checkpoint, digest_of
 from ckptgrow.errors import FormatError
 from ckptgrow.families import Architecture, Mlp, in_memory_name, ties
 from ckptgrow.plan import Output, Plan
@@ -107,7 +106,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        return "sha256:" + hashlib.sha256(self.text().encode()).hexdigest()
+        return digest_of(self.text().encode())
 
     def config_entry(self, width_path: str) -> dict[str, Any]:
         """What config.json gets under `ckptgrow`."""
@@ -182,7 +181,7 @@ def history(base: Checkpoint) -> tuple[Mapping[str, Any], ...]:
     if not path.is_file():
         return ({"manifest": digest},) if digest else ()
     text = path.read_bytes()
-    if digest != "sha256:" + hashlib.sha256(text).hexdigest():
+    if digest != digest_of(text):
         raise FormatError(
             "its digest is not the one in config.json: it belongs to another checkpoint",
             file=str(path),
@@ -201,6 +200,20 @@ def load_manifest(path: Path) -> Manifest:
         raise FormatError(f"it cannot be read ({error.strerror})", file=str(path)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"not a ckptgrow manifest ({error!r})", file=str(path)) from None
+
+
+def along(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """(axis, ranges in order): boxes read back as ranges along one axis, whole across the others.
+
+    The inverse of policy.boxes. Raises FormatError for boxes that are none, overlap, are empty or leave the tensor.
+    """
+    partial = {axis for box in boxes for axis, span in enumerate(box) if span != (0, shape[axis])}
+    axis = min(partial, default=0)
+    spans = tuple(sorted(box[axis] for box in boxes))
+    ends = [0, *(end for span in spans for end in span), shape[axis]]
+    if len(partial) > 1 or ends != sorted(ends) or any(start == stop for start, stop in spans):
+        raise FormatError(f"boxes {boxes} are not ranges along one axis of {shape}")
+    return axis, spans
 
 
 def _typed(described: dict[str, Any]) -> Manifest:

@@ -12,7 +12,6 @@ checkpoints when it is executed. It can be printed, compared, stored, proved (pr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -111,7 +110,7 @@ class Output:
     @property
     def extent(self) -> int:
         """The length along the axis."""
-        return self.shape[self.axis] if self.shape else 1
+        return self.info.around(self.axis)[1]
 
     @property
     def info(self) -> TensorInfo:
@@ -120,7 +119,8 @@ class Output:
     @property
     def steps(self) -> tuple[int, int]:
         """(outer, inner): how many slices lie before the axis, and how many elements one place along it has."""
-        return math.prod(self.shape[: self.axis]), math.prod(self.shape[self.axis + 1 :])
+        outer, _, inner = self.info.around(self.axis)
+        return outer, inner
 
     def placed(self) -> Iterator[tuple[int, Part]]:
         """Each part with the place where it begins."""
@@ -197,7 +197,7 @@ def joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 def unchanged(info: TensorInfo, source: str = "base") -> Output:
     """The output that is this tensor of `source`, byte for byte."""
-    extent = info.shape[0] if info.shape else 1
+    _, extent, _ = info.around(0)
     return Output(info.name, info.dtype, info.shape, 0, (Part(extent, (Term(source, info.name, range(extent)),)),))
 
 

@@ -59,6 +59,12 @@ class TensorInfo:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    def around(self, axis: int) -> tuple[int, int, int]:
+        """(outer, extent, inner): elements before, along and behind an axis, by which a tensor is seen in three
+        dimensions. A scalar is one place along axis 0."""
+        shape = self.shape or (1,)
+        return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+
     @property
     def nbytes(self) -> int:
         return self.elements * DTYPE_BITS[self.dtype] // 8

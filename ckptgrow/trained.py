@@ -24,14 +24,13 @@ import numpy as np
 from ckptgrow.checkpoint import CONFIG, Bits, Checkpoint, is_plain_name, open_weights, read_json
 from ckptgrow.equivalence import Finding
 from ckptgrow.errors import CkptgrowError, FormatError, RequestError
-from ckptgrow.families import FAMILIES, in_memory_name, ties
+from ckptgrow.families import FAMILIES, HEAD, ends_in, in_memory_name, ties
 from ckptgrow.layout import INDEX, SINGLE
 from ckptgrow.manifest import Manifest
 from ckptgrow.tensors import DTYPE_BITS, TensorInfo
 
 # Put between the parts of a name by torch.compile, DDP, FSDP1, activation checkpointing.
 WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-HEAD = "lm_head.weight"
 METADATA = ".metadata"
 # What lies beside the model in a dump of a whole training run.
 _STATE = frozenset({"optimizer", "optimizers", "optim", "lr_scheduler", "scheduler", "dataloader", "train_state"})
@@ -237,11 +236,11 @@ def match(grown: Checkpoint, manifest: Manifest, trained: Tensors) -> Matching:
     if any(".lora_" in name for name in trained.infos):
         raise _unmerged(trained.folder)
     known = _known(grown, manifest)
-    shift = _shift(known, manifest, [_plain(name) for name in trained.infos])
+    shift = _shift(known, manifest, [plain(name) for name in trained.infos])
     names: dict[str, str] = {}
     findings, others = [], []
     for name in trained.infos:
-        found = known.get(shift.of(_plain(name))) or known.get(_plain(name))
+        found = known.get(shift.of(plain(name))) or known.get(plain(name))
         if found in names:
             findings.append(Finding(name, f"it and {names[found]} are both {found}"))
         elif found is not None:
@@ -268,15 +267,15 @@ class _Shift:
         return self.add + name.removeprefix(self.drop) if name.startswith(self.drop) else name
 
 
-def _plain(name: str) -> str:
+def plain(name: str, wrappers: frozenset[str] = WRAPPERS) -> str:
     """The name without what wrappers put into it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def _known(grown: Checkpoint, manifest: Manifest) -> dict[str, str]:
     """Every name, on disk and in memory, under which a grown tensor may come back; those on disk come first."""
     family = FAMILIES.get(manifest.family)
-    known = {_plain(name): name for name in grown.infos} | {name: name for name in grown.infos}
+    known = {plain(name): name for name in grown.infos} | {name: name for name in grown.infos}
     for name in grown.infos:
         memory = manifest.in_memory_names.get(name) or (in_memory_name(family, name) if family else name)
         known.setdefault(memory, name)
@@ -299,11 +298,11 @@ def _heads(grown: Checkpoint, manifest: Manifest, names: dict[str, str], others:
 
     Where only the head is left of two tied tensors, it stands for the other one: then it is entered in `names`.
     """
-    own = [name for name in grown.infos if _ends(name, HEAD) and name not in names]
+    own = [name for name in grown.infos if ends_in(name, HEAD) and name not in names]
     heads: dict[str, str] = {}
     for name in others:
-        tied = [owner for head, owner in manifest.ties.items() if _ends(_plain(name), head)]
-        if _ends(_plain(name), HEAD) and len(own) == 1 and own[0] not in names:
+        tied = [owner for head, owner in manifest.ties.items() if ends_in(plain(name), head)]
+        if ends_in(plain(name), HEAD) and len(own) == 1 and own[0] not in names:
             names[own[0]] = name
         elif tied and tied[0] not in names:
             names[tied[0]] = name
@@ -312,14 +311,10 @@ def _heads(grown: Checkpoint, manifest: Manifest, names: dict[str, str], others:
     return heads
 
 
-def _ends(name: str, ending: str) -> bool:
-    return name == ending or name.endswith("." + ending)
-
-
 def _is_tied(grown: Checkpoint, manifest: Manifest, name: str) -> bool:
     """Whether a tensor may be left out because the model ties it to another one with the same bytes."""
     family = FAMILIES.get(manifest.family)
-    if family is None or not _ends(name, HEAD):
+    if family is None or not ends_in(name, HEAD):
         return False
     rest = {other: info for other, info in grown.infos.items() if other != name}
     owner = ties(grown.config, family, rest).get(HEAD)

@@ -54,9 +54,7 @@ def _lane(bits: Bits, i: int, count: int) -> Bits:
 
 def as_units(checkpoint: Checkpoint, name: str, slot: Slot) -> Bits:
     """A tensor as [outer, units, inner]."""
-    shape = checkpoint.infos[name].shape
-    outer = int(np.prod(shape[: slot.axis], dtype=np.int64))
-    return checkpoint.bits(name).reshape(outer, shape[slot.axis], -1)
+    return checkpoint.bits(name).reshape(checkpoint.infos[name].around(slot.axis))
 
 
 def match(rows: list[Rows], digests: Callable[[Bits], Digests]) -> tuple[Units, Units]:

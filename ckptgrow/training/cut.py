@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckptgrow.errors import FormatError
+from ckptgrow.manifest import along
 from ckptgrow.policy import Box
 
 Span = tuple[int, int]
@@ -76,15 +76,8 @@ def interleave(frozen: Tensor, trained: Tensor, axis: int, order: tuple[tuple[in
 
 def cut_of(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> Cut | None:
     """The cut that these boxes are; None where they are the whole tensor. Raises FormatError where they are neither."""
-    partial = {axis for box in boxes for axis, span in enumerate(box) if span != (0, shape[axis])}
-    if not partial:
-        return None
-    axis = min(partial)
-    spans = tuple(sorted(box[axis] for box in boxes))
-    ends = [0, *(end for span in spans for end in span), shape[axis]]
-    if len(partial) > 1 or ends != sorted(ends):
-        raise FormatError(f"boxes {boxes} are not ranges along one axis of {shape}")
-    return Cut(axis, shape[axis], spans)
+    axis, spans = along(shape, boxes)
+    return None if spans == ((0, shape[axis]),) else Cut(axis, shape[axis], spans)
 
 
 def fingerprint(parts: Iterable[Tensor]) -> int:

@@ -17,12 +17,9 @@ from torch import Tensor, nn
 from ckptgrow.checkpoint import MANIFEST
 from ckptgrow.errors import CkptgrowError, FormatError
 from ckptgrow.manifest import CONFIG_KEY, Manifest, Trainable, load_manifest
+from ckptgrow.trained import WRAPPERS, plain
 from ckptgrow.training.cut import Cut, cut_of
 
-# What compilers, parallel wrappers, checkpointing and PEFT put into a parameter's name.
-_WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\."
-)
 _LEADING = re.compile(r"^(?:base_model\.model\.)?(?:model\.(?=model\.))*")
 
 
@@ -108,8 +105,8 @@ def _candidates(name: str, manifest: Manifest) -> Iterator[str]:
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
-    return _LEADING.sub("", _WRAPPERS.sub("", name))
+    """A parameter's name without what wrappers, and PEFT, put into it."""
+    return _LEADING.sub("", plain(name, WRAPPERS | {"base_layer"}))
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:
