@@ -133,6 +133,10 @@ def test_nothing_of_ours_is_taken_for_a_leftover(base: Path, tmp_path: Path) -> 
     (tmp_path / "s.partial").symlink_to(tmp_path / "m.partial")
     with pytest.raises(OutputError, match="not a leftover"):
         ckptgrow.expand(base, tmp_path / "s")
+    (tmp_path / "s.partial.journal").write_text('{"writing": "something"}\n')  # of a killed run, the link came later
+    with pytest.raises(OutputError, match="not a leftover"):
+        ckptgrow.expand(base, tmp_path / "s")
+    (tmp_path / "s.partial.journal").unlink()
     assert checkpoints.snapshot(tmp_path / "m.partial") == kept
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "m.partial", "s.partial"]
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import ckptgrow
 from ckptgrow.families import FAMILIES
-from ckptgrow.manifest import load_manifest
+from ckptgrow.manifest import along, load_manifest
 from ckptgrow.policy import POLICIES
 
 SCHEMA = json.loads(files("ckptgrow").joinpath("manifest.schema.json").read_text())
@@ -93,6 +93,26 @@ def test_reading_something_else(tmp_path: Path, text: str) -> None:
         load_manifest(tmp_path)
     with pytest.raises(ckptgrow.FormatError, match="cannot be read"):
         load_manifest(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        (((0, 4), (0, 3)), ((3, 6), (0, 3))),
+        (((4, 9), (0, 3)),),
+        (((2, 2), (0, 3)),),
+        (((5, 4), (0, 3)),),
+        (((0, 4), (0, 2)),),
+        (((0, 4), (0, 3)), ((0, 8), (1, 2))),
+    ],
+    ids=["overlap", "outside", "empty", "backwards", "both axes", "either axis"],
+)
+def test_boxes_that_are_no_ranges(boxes: Any) -> None:
+    """Boxes are read as ranges along one axis, or not at all."""
+    assert along((8, 3), (((4, 6), (0, 3)), ((0, 2), (0, 3)))) == (0, ((0, 2), (4, 6)))
+    assert along((8, 3), (((0, 8), (0, 3)),)) == (0, ((0, 8),))
+    with pytest.raises(ckptgrow.FormatError, match="not ranges along one axis"):
+        along((8, 3), boxes)
 
 
 def test_digest_stands_in_the_config(base: Path, tmp_path: Path) -> None:
