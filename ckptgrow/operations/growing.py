@@ -1,26 +1,18 @@
-"""The library's verbs: each wires the rooms together for one command. Quiet; progress goes to a callable.
-
-import ckptgrow
-ckptgrow.inspect("google/gemma-2b")
-ckptgrow.expand("google/gemma-2b", "out", policy="g-freeze")
-ckptgrow.verify("google/gemma-2b", "out").same
-"""
+"""inspect, expand and verify: each wires the rooms together for one command."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckptgrow import equivalence, surgery
 from ckptgrow.card import card, licence
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, open_checkpoint
 from ckptgrow.config import set_value
-from ckptgrow.drift import Audit, compare_names, examine
 from ckptgrow.errors import FamilyError, FormatError, PlanError
 from ckptgrow.execute import write_shards
 from ckptgrow.families import Architecture, locate, ties
@@ -28,16 +20,14 @@ from ckptgrow.hub import Origin, fetch, preview
 from ckptgrow.layout import INDEX, Layout, lay
 from ckptgrow.manifest import CONFIG_KEY, Grown, Manifest, describe, history, identify, read_mask
 from ckptgrow.policy import ShareChoice, said
+from ckptgrow.progress import Meter, Progress, silent
 from ckptgrow.proof import prove, prove_marks
-from ckptgrow.repair import check_repairable
-from ckptgrow.repair import repair as put_back
 from ckptgrow.results import Block, Expansion, Inspection, Proposal, Verification
 from ckptgrow.staging import Staging, check_apart, check_space, check_target, free_bytes
 from ckptgrow.surgery import BASE, Growth
 from ckptgrow.version import __version__
 
 Source = str | Path
-Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all; called from any thread
 
 
 def inspect(src: Source) -> Inspection:
@@ -100,7 +90,7 @@ def expand(
     where the system fails), and then nothing is left on disk.
     """
     growth = Growth(factor, width, multiple_of, policy, shares, seed)
-    report, seen = progress or _silent, preview(src)
+    report, seen = progress or silent, preview(src)
     target = Path(out).resolve()
     check_apart(target, seen.origin.folder)
     check_target(Path(out), force=force)
@@ -114,7 +104,7 @@ def expand(
             job.layout,
             {BASE: job.base},
             staging,
-            _Meter(report, "writing", sum(shard.nbytes for shard in job.layout.shards)),
+            Meter(report, "writing", sum(shard.nbytes for shard in job.layout.shards)),
         )
         manifest = _write_rest(job, staging, inexact)
         verification = _verified(job, staging.folder, report) if verify else None
@@ -137,7 +127,7 @@ def verify(
     """
     from ckptgrow.probe import probed
 
-    report = progress or _silent
+    report = progress or silent
     mine, its = fetch(base, progress=bars), fetch(grown, progress=bars)
     one, other = open_checkpoint(mine.folder), open_checkpoint(its.folder)
     architecture = locate(one.config, one.infos)
@@ -145,43 +135,13 @@ def verify(
     if answers[-1].findings:
         answers.append(equivalence.Answer("probed", "not run", "the MLPs are not the same on their weights"))
     else:
-        meter = _Meter(report, "probing", _mlp_bytes(one, other, architecture))
+        meter = Meter(report, "probing", _mlp_bytes(one, other, architecture))
         answers.append(probed(one, other, architecture, meter))
     if logits is not None:
         from ckptgrow.logits import compared
 
         answers.append(compared(mine.folder, its.folder, Path(logits)))
     return Verification(str(base), str(grown), tuple(answers))
-
-
-def audit(
-    grown: Source,
-    trained: Source,
-    *,
-    repair: Source | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-    bars: bool = False,
-) -> Audit:
-    """Whether training left the frozen elements of `grown` alone in `trained`, and if not, what moved them.
-
-    `repair` names a new folder for the trained checkpoint with its frozen elements put back; `force` does so even
-    where they were trained, which destroys what they learned. Where nothing moved, nothing is written. Raises
-    CkptgrowError for what cannot be compared, and then nothing is left on disk.
-    """
-    mine, its = fetch(grown, progress=bars).folder, Path(trained)
-    out, report = Path(repair).resolve() if repair is not None else None, progress or _silent
-    if out is not None:
-        check_target(out, force=False)
-        check_apart(out, mine)
-        check_apart(out, its)
-    job = compare_names(mine, its)
-    seen, drifted = examine(job, _Meter(report, "auditing", job.elements))
-    if out is None or (seen.cause == "nothing" and not seen.findings):
-        return seen
-    check_repairable(job, seen, force)
-    put_back(job, seen, drifted, out, _Meter(report, "repairing", job.trained_bytes))
-    return replace(seen, repaired=str(repair))
 
 
 # ---------------------------------------------------------------- inspecting and planning
@@ -335,27 +295,10 @@ def _answers(
 ) -> Iterator[equivalence.Answer]:
     inside = _mlp_bytes(one, other, architecture)
     outside = one.tensor_bytes + other.tensor_bytes - inside
-    yield equivalence.untouched(one, other, architecture, _Meter(report, "comparing", outside))
-    yield equivalence.proved(one, other, architecture, _Meter(report, "proving", inside))
+    yield equivalence.untouched(one, other, architecture, Meter(report, "comparing", outside))
+    yield equivalence.proved(one, other, architecture, Meter(report, "proving", inside))
 
 
 def _mlp_bytes(one: Checkpoint, other: Checkpoint, architecture: Architecture) -> int:
     names = {name for mlp in architecture.mlps for name in mlp.tensors}
     return sum(c.infos[name].nbytes for c in (one, other) for name in names if name in c.infos)
-
-
-class _Meter:
-    """Adds up the bytes that threads report and passes the sum on."""
-
-    def __init__(self, report: Progress, stage: str, total: int) -> None:
-        self._report, self._stage, self._total = report, stage, total
-        self._done, self._turn = 0, threading.Lock()
-
-    def __call__(self, nbytes: int) -> None:
-        with self._turn:
-            self._done += nbytes
-            self._report(self._stage, self._done, self._total)
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass

@@ -1,0 +1,14 @@
+"""The library's verbs: each wires the rooms together for one command. Quiet; progress goes to a callable.
+
+    import ckptgrow
+    ckptgrow.inspect("google/gemma-2b")
+    ckptgrow.expand("google/gemma-2b", "out", policy="g-freeze")
+    ckptgrow.verify("google/gemma-2b", "out").same
+
+One module a group of verbs; what a verb refuses is a CkptgrowError, and then nothing is left on disk.
+"""
+
+from ckptgrow.operations.auditing import audit
+from ckptgrow.operations.growing import expand, inspect, plan_expand, verify
+
+__all__ = ["audit", "expand", "inspect", "plan_expand", "verify"]

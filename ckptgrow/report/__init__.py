@@ -1,0 +1,7 @@
+"""How results read in a terminal: text from frozen values, nothing else. One module a group of verbs."""
+
+from ckptgrow.report.auditing import audit
+from ckptgrow.report.growing import expansion, inspection, proposal, verification
+from ckptgrow.report.lines import size
+
+__all__ = ["audit", "expansion", "inspection", "proposal", "size", "verification"]

@@ -1,0 +1,97 @@
+"""How inspect, expand and verify read in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ckptgrow.equivalence import Answer
+from ckptgrow.report.lines import row, size, widths
+from ckptgrow.results import Expansion, Inspection, Proposal, Verification
+
+_VERDICTS = {0: "the same function", 1: "NOT the same function", 2: "cannot tell"}
+
+
+def inspection(seen: Inspection) -> str:
+    """What `ckptgrow inspect` prints."""
+    return "\n".join(_inspection(seen))
+
+
+def proposal(what: Proposal) -> str:
+    """What `ckptgrow expand --plan` prints."""
+    return "\n".join(_proposal(what))
+
+
+def expansion(done: Expansion) -> str:
+    """What `ckptgrow expand` prints at its end."""
+    return "\n".join(_expansion(done))
+
+
+def verification(result: Verification) -> str:
+    """What `ckptgrow verify` prints: a line for each answer, its findings below, the verdict last."""
+    lines = [line for answer in result.answers for line in _answer(answer)]
+    skipped = [answer.name for answer in result.answers if answer.verdict == "not run"]
+    how = f" (proved on the weights, {' and '.join(skipped)} not run)" if skipped and result.same else ""
+    return "\n".join([*lines, f"{result.grown}: {_VERDICTS[result.exit_code]}{how}"])
+
+
+def _inspection(seen: Inspection) -> Iterator[str]:
+    yield row("source", f"{seen.source}" + (f" @ {seen.revision}" if seen.revision else ""))
+    kind = "" if seen.gated is None else ", gated MLPs" if seen.gated else ", MLPs without gate"
+    yield row("model_type", f"{seen.model_type}{kind}")
+    yield from widths((block.name, block.layer, f"{block.width:,} units x {block.hidden:,}") for block in seen.blocks)
+    dtypes = ", ".join(f"{dtype} {count:,}" for dtype, count in seen.dtypes.items())
+    yield row("parameters", f"{seen.parameters:,} ({dtypes})")
+    yield row("bytes", f"{size(seen.bytes)} in {seen.shards} shard{'s' if seen.shards != 1 else ''}")
+    for name, owner in seen.ties.items():
+        yield row("tied", f"{name} is {owner}")
+    if seen.grown_before:
+        yield row("history", f"grown {seen.grown_before} time{'s' if seen.grown_before > 1 else ''} before")
+    if seen.norm_after:
+        yield row(
+            "note", "a norm follows each MLP: outputs cannot see the scale of down, so trust verify's second line"
+        )
+    if seen.growable:
+        yield row("can grow", f"the {len(seen.blocks)} MLPs above, to any larger width")
+    else:
+        yield row("cannot grow", f"{seen.reason}")
+
+
+def _proposal(what: Proposal) -> Iterator[str]:
+    yield row("grow", f"{what.source} ({what.family}) -> {what.out}")
+    yield from widths((b.block, b.layer, f"{b.old_width:,} -> {b.new_width:,} units") for b in what.blocks)
+    more = what.parameters_after / what.parameters_before - 1
+    yield row("parameters", f"{what.parameters_before:,} -> {what.parameters_after:,} (+{more:.1%})")
+    yield row("policy", f"{what.policy}: {what.policy_about}")
+    yield row("trainable", f"{what.trainable:,} parameters, {what.trainable_share_of_base:.1%} of the base")
+    for sentence in what.shares:
+        yield row("shares", sentence)
+    yield row("writes", f"{size(what.bytes_to_write)}, {size(what.bytes_free)} free on that disk")
+    yield row("shards", f"{what.shards_rewritten} rewritten, {what.shards_copied} copied as they are")
+    if what.files_copied:
+        yield row("copies", ", ".join(what.files_copied))
+    if what.files_left_out:
+        yield row("leaves out", ", ".join(what.files_left_out))
+
+
+def _expansion(done: Expansion) -> Iterator[str]:
+    what = done.proposal
+    yield from widths((b.block, b.layer, f"{b.old_width:,} -> {b.new_width:,} units") for b in what.blocks)
+    yield row("parameters", f"{what.parameters_before:,} -> {what.parameters_after:,}")
+    yield row("trainable", f"{what.trainable:,} ({what.trainable_share_of_base:.1%} of the base), policy {what.policy}")
+    for sentence in what.shares:
+        yield row("shares", sentence)
+    if done.manifest.inexact_halves:
+        count = done.manifest.inexact_halves
+        yield row(
+            "note", f"{count:,} shared weights have no exact half in their dtype; their shares still add up exactly"
+        )
+    if what.files_left_out:
+        yield row("left out", ", ".join(what.files_left_out))
+    if done.verification:
+        yield from (line for answer in done.verification.answers for line in _answer(answer))
+    yield f"wrote {done.folder}" + ("" if done.verification else " (not verified)")
+
+
+def _answer(answer: Answer) -> Iterator[str]:
+    yield row(answer.name, f"{answer.verdict}: {answer.figure}")
+    yield from (f"  {finding.tensor}: {finding.problem}" for finding in answer.findings)

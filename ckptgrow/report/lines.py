@@ -1,0 +1,26 @@
+"""What all reports are made of: rows, sizes in bytes, and lines that stand for several MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+
+def size(nbytes: int) -> str:
+    """Bytes in decimal units: 536.2 MB."""
+    amount, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
+    while amount >= 1000 and len(units) > 1:
+        amount, units = amount / 1000, units[1:]
+    return f"{amount:.1f} {units[0]}" if units[0] != "B" else f"{nbytes} B"
+
+
+def row(name: str, text: str) -> str:
+    return f"{name:<11} {text}"
+
+
+def widths(blocks: Iterable[tuple[str, int, str]]) -> Iterator[str]:
+    """One line for neighbouring MLPs that read the same."""
+    for (stem, text), group in groupby(blocks, key=lambda b: (b[0].replace(f".{b[1]}.", ".{}.", 1), b[2])):
+        layers = [layer for _, layer, _ in group]
+        span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+        yield row("MLPs", f"{stem.replace('{}', span)}: {text}")
