@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ckptgrow.layers import spelled
 from ckptgrow.manifest import Manifest
 from ckptgrow.policy import POLICIES
 
@@ -41,16 +42,16 @@ def _front(manifest: Manifest, licence_lines: tuple[str, ...]) -> Iterator[str]:
 
 
 def _done(manifest: Manifest) -> Iterator[str]:
-    first, counts, base = manifest.blocks[0], manifest.counts, manifest.base
+    counts, base = manifest.counts, manifest.base
     revision = f" (revision `{base.revision}`)" if base.revision else ""
     yield f"# {base.id}, grown"
     yield ""
     yield (
-        f"This is `{base.id}`{revision} with the MLPs of its {len(manifest.blocks)} layers widened from"
-        f" {first.old_width:,} to {first.new_width:,} units by [ckptgrow](https://pypi.org/project/ckptgrow/)"
-        f" {manifest.tool['version']}. Units of the gate and up projections were copied, and each column of the down"
-        " projection was shared out among the copies of its unit, so it is the same function: the shares add up to the"
-        " base's weights exactly. Nothing has been trained yet."
+        f"This is `{base.id}`{revision} with the MLPs of {_which(manifest)} by"
+        f" [ckptgrow](https://pypi.org/project/ckptgrow/) {manifest.tool['version']}."
+        " Units of the gate and up projections were copied, and each column of the down projection was shared out among"
+        " the copies of its unit, so it is the same function: the shares add up to the base's weights exactly."
+        " Nothing has been trained yet."
     )
     yield ""
     yield f"- parameters: {counts.base:,} before, {counts.trainable + counts.frozen:,} now"
@@ -59,7 +60,22 @@ def _done(manifest: Manifest) -> Iterator[str]:
         f" {counts.trainable:,} parameters train, {counts.trainable_share_of_base:.1%} of the base"
     )
     yield f"- shares: {' and '.join(manifest.shares['used'])}"
+    if counts.filled:
+        yield (
+            f"- filling: {counts.filled:,} parameters, {counts.filled_bytes:,} bytes. The layers that did not grow are"
+            " as wide as the others, since the config has one width, with copies of their units whose columns of down"
+            " are zero. They change nothing, never train, and can be dropped again"
+        )
     yield "- method: Grow, Don't Overwrite ([arXiv 2603.08647](https://arxiv.org/abs/2603.08647))"
+
+
+def _which(manifest: Manifest) -> str:
+    """Which layers were widened, from which width to which."""
+    grown = [block for block in manifest.blocks if not block.filled]
+    layers = f"its {len(grown)} layers"
+    if len(grown) < len(manifest.blocks):
+        layers = f"layers {spelled(sorted({block.layer for block in grown}))}"
+    return f"{layers} widened from {grown[0].old_width:,} to {grown[0].new_width:,} units"
 
 
 def _train(manifest: Manifest) -> Iterator[str]:

@@ -93,9 +93,9 @@ def proved(base: Checkpoint, grown: Checkpoint, architecture: Architecture, prog
     findings += _config_width(grown, architecture, {result.width for result in results if result.width})
     error = max(result.error for result in results)
     units, copies = sum(mlp.width for mlp in architecture.mlps), sum(result.width for result in results)
-    free = sum(result.free for result in results)
-    loose = f" and {free:,} units with a zero column" if free else ""
-    figure = f"{copies - free:,} units{loose} are {units:,} base units in {len(results)} MLPs, largest error {error!r}"
+    zero = sum(result.zero for result in results)
+    loose = f" and {zero:,} unit{'s' if zero != 1 else ''} with a zero column" if zero else ""
+    figure = f"{copies - zero:,} units{loose} are {units:,} base units in {len(results)} MLPs, largest error {error!r}"
     if findings:
         broken = len({finding.tensor for finding in findings})
         figure = f"wrong in {broken} tensor{'s' if broken != 1 else ''}, largest error {error!r}"
@@ -177,12 +177,12 @@ def _config_width(grown: Checkpoint, architecture: Architecture, widths: set[int
 
 @dataclass(frozen=True, slots=True)
 class _Proof:
-    """What came out for one MLP: its width in the grown checkpoint, the largest error, what is wrong, free units."""
+    """What came out for one MLP: its width in the grown checkpoint, the largest error, what is wrong, zero columns."""
 
     width: int
     error: float
     findings: tuple[Finding, ...]
-    free: int = 0
+    zero: int = 0
 
 
 def _prove(base: Checkpoint, grown: Checkpoint, mlp: Mlp, progress: Progress) -> _Proof:
@@ -202,7 +202,7 @@ def _prove(base: Checkpoint, grown: Checkpoint, mlp: Mlp, progress: Progress) ->
     sums = _Sums(base, grown, mlp, copies, originals)
     dtypes = {name: base.infos[name].dtype for name in mlp.tensors}
     findings = [*_strangers(rows, dtypes, sums.unmatched()), *_broken(rows, dtypes, sums.free()), *sums.findings()]
-    return _Proof(len(copies), sums.error, tuple(findings), len(sums.free()))
+    return _Proof(len(copies), sums.error, tuple(findings), int(sums.zero.sum()))
 
 
 def _misfits(base: Checkpoint, grown: Checkpoint, mlp: Mlp) -> Iterator[Finding]:
@@ -258,7 +258,7 @@ class _Sums:
         self._mine, self._its = as_units(base, mlp.down, slot), as_units(grown, mlp.down, slot)
         self._turns, self._base_turns = list(turns(copies)), list(turns(originals))
         self._lost = np.flatnonzero(copies < 0)
-        self._heavy = np.zeros(len(self._lost), bool)
+        self._seen = np.zeros(len(copies), self._its.dtype)
         self.errors = np.zeros(len(originals))
         for rows, inner in self._blocks():
             self._add(self._mine[rows, :, inner], self._its[rows, :, inner])
@@ -268,13 +268,18 @@ class _Sums:
         """The largest difference of an element of a sum from the base's."""
         return float(self.errors.max())
 
+    @property
+    def zero(self) -> NDArray[np.bool_]:
+        """Of each new unit whether its whole column is zero: no bit of it is set but signs."""
+        return np.asarray(np.left_shift(self._seen, 1) == 0)
+
     def unmatched(self) -> Units:
         """New units that equal no base unit although their column is not zero."""
-        return self._lost[self._heavy]
+        return self._lost[~self.zero[self._lost]]
 
     def free(self) -> Units:
         """New units that equal no base unit and need not: their column is zero."""
-        return self._lost[~self._heavy]
+        return self._lost[self.zero[self._lost]]
 
     def findings(self) -> Iterator[Finding]:
         wrong = np.flatnonzero(self.errors)
@@ -300,8 +305,7 @@ class _Sums:
 
     def _add(self, mine: Bits, its: Bits) -> None:
         values, base = (decode(np.ascontiguousarray(bits), self.dtype) for bits in (its, mine))
-        if len(self._lost):
-            self._heavy |= (values[:, self._lost] != 0).any(axis=(0, 2))
+        self._seen |= np.bitwise_or.reduce(its, axis=(0, 2))
         shape = (mine.shape[0], len(self.errors), mine.shape[2])
         (got, unsure), (wanted, unsure_too) = _added(values, self._turns, shape), _added(base, self._base_turns, shape)
         off = np.abs(got - wanted)

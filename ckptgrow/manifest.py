@@ -42,13 +42,17 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class GrownBlock:
-    """One MLP: its width before and after, and which base unit each new unit copies, as ranges of equal length."""
+    """One MLP: its width before and after, and which base unit each new unit copies, as ranges of equal length.
+
+    `filled`: the new units have zero columns and train nothing; they only make the MLP as wide as those that grew.
+    """
 
     block: str
     layer: int
     old_width: int
     new_width: int
     copies: tuple[Mapping[str, tuple[int, int]], ...]
+    filled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +73,17 @@ class Trainable:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Elements of the grown checkpoint, and of the base; the share is of the base's parameters."""
+    """Elements of the grown checkpoint, and of the base; the share is of the base's parameters.
+
+    `filled` of the frozen ones are the filling of layers that did not grow, and take `filled_bytes`.
+    """
 
     trainable: int
     frozen: int
     base: int
     trainable_share_of_base: float
+    filled: int = 0
+    filled_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +118,11 @@ class Manifest:
         return digest_of(self.text().encode())
 
     def config_entry(self, width_path: str) -> dict[str, Any]:
-        """What config.json gets under `ckptgrow`."""
-        return {"manifest": self.digest, "base_width": {width_path: self.blocks[0].old_width}}
+        """What config.json gets under `ckptgrow`; `grown_layers` where others are only filled up."""
+        entry: dict[str, Any] = {"manifest": self.digest, "base_width": {width_path: self.blocks[0].old_width}}
+        if any(block.filled for block in self.blocks):
+            entry["grown_layers"] = sorted({block.layer for block in self.blocks if not block.filled})
+        return entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +140,8 @@ def read_mask(plan: Plan, base: Checkpoint, architecture: Architecture, growth: 
     blocks = tuple(_block(members, mlp, base) for mlp in architecture.mlps)
     trainable = tuple(_trainable(members.values(), growth))
     count, total = sum(tensor.elements for tensor in trainable), sum(output.info.elements for output in plan.outputs)
-    counts = Counts(count, total - count, base.parameters, round(count / base.parameters, 6))
+    share = round(count / base.parameters, 6)
+    counts = Counts(count, total - count, base.parameters, share, *_filled(members.values(), base))
     return Grown(blocks, trainable, counts)
 
 
@@ -258,13 +271,20 @@ def _rules(architecture: Architecture, growth: Growth) -> Iterator[str]:
 
 def _block(outputs: Mapping[str, Output], mlp: Mlp, base: Checkpoint) -> GrownBlock:
     """The copies of one MLP, read off the first of its gate or up projections."""
-    runs = picks(next(outputs[name] for name in mlp.tensors if name != mlp.down), base.infos)
+    first = next(outputs[name] for name in mlp.tensors if name != mlp.down)
+    runs = picks(first, base.infos)
     copies = tuple(
         {"new": (run.start, run.stop), "base": (run.unit, run.unit + run.stop - run.start)}
         for run in runs
         if run.start >= mlp.width
     )
-    return GrownBlock(mlp.block, mlp.layer, mlp.width, runs[-1].stop, copies)
+    return GrownBlock(mlp.block, mlp.layer, mlp.width, runs[-1].stop, copies, filled=not first.grown())
+
+
+def _filled(outputs: Iterable[Output], base: Checkpoint) -> tuple[int, int]:
+    """(elements, bytes) by which MLPs that do not grow become larger."""
+    pairs = [(output.info, base.infos[output.name]) for output in outputs if not output.grown()]
+    return sum(new.elements - old.elements for new, old in pairs), sum(new.nbytes - old.nbytes for new, old in pairs)
 
 
 def _trainable(outputs: Iterable[Output], growth: Growth) -> Iterator[Trainable]:

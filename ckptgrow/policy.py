@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ckptgrow.layers import spelled
 from ckptgrow.plan import Output, Rule, Share, joined
 
 Extent = Literal["new", "all"]
@@ -51,7 +52,12 @@ POLICIES: Mapping[str, Policy] = {
 
 
 def boxes(output: Output, policy: Policy) -> tuple[Box, ...]:
-    """The parts of this output that train, each one half-open [start, stop) pair per dimension."""
+    """The parts of this output that train, each one half-open [start, stop) pair per dimension.
+
+    Where there are no new units nothing trains, whatever the policy: the MLP did not grow, or was only filled up.
+    """
+    if not output.grown():
+        return ()
     whole = [(0, size) for size in output.shape]
     spans = joined(span for lane in output.lanes() for span in _trained(output, policy, *lane))
     return tuple((*whole[: output.axis], span, *whole[output.axis + 1 :]) for span in spans)
@@ -99,14 +105,17 @@ def rule_for(copies: int, policy: Policy, choice: ShareChoice) -> Rule:
     return "random" if policy.trainable_copies(copies) > 1 else "even"
 
 
-def said(old: int, new: int, policy: Policy, choice: ShareChoice) -> Iterator[str]:
+def said(
+    old: int, new: int, policy: Policy, choice: ShareChoice, layers: tuple[int, ...] | None = None
+) -> Iterator[str]:
     """How the columns of down are shared out, and why: a sentence for each number of copies that occurs."""
+    where = f" in layers {spelled(layers)}" if layers else ""
     for count, units in kinds(old, new):
         if count == 1:
-            yield f"the other {len(units):,} units are not copied"
+            yield f"the other {len(units):,} units{where} are not copied"
             continue
         rule = rule_for(count, policy, choice)
-        sentence = f"{rule}: {len(units):,} units come in {count} copies"
+        sentence = f"{rule}: {len(units):,} units{where} come in {count} copies"
         if any(share and share.of for share in shares(count, policy, choice, 0)):
             sentence += ", the original keeps one half"
         if choice == "auto":

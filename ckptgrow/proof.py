@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -74,16 +74,28 @@ def _prove_mlp(outputs: Mapping[str, Output], mlp: Mlp, base: Mapping[str, Tenso
     return down.extent
 
 
-def prove_marks(plan: Plan, architecture: Architecture) -> None:
+def prove_marks(plan: Plan, architecture: Architecture, layers: Collection[int] | None = None) -> None:
     """Raise PlanError unless marked as grown, in each lane of each MLP, is exactly what lies behind the old width.
 
-    The freeze mask is read from these marks.
+    The freeze mask is read from these marks. Only MLPs of `layers` (None: all) may have any; what the others have
+    behind their old width must be filling, whose columns of down are zero (METHOD.md 7).
     """
-    widths = {name: mlp.width for mlp in architecture.mlps for name in mlp.tensors}
+    mlps = {name: mlp for mlp in architecture.mlps for name in mlp.tensors}
     for output in plan.outputs:
-        behind = tuple((start + widths[output.name], stop) for _, start, stop in output.lanes())
-        if output.grown() != behind:
-            raise PlanError(f"marked as grown is {output.grown()}, new is {behind}", tensor=output.name)
+        mlp = mlps.get(output.name)
+        grows = mlp is None or layers is None or mlp.layer in layers
+        new = tuple((start + mlp.width, stop) for _, start, stop in output.lanes()) if mlp and grows else ()
+        if output.grown() != new:
+            raise PlanError(f"marked as grown is {output.grown()}, new is {new}", tensor=output.name)
+        if mlp and grows and not new:
+            raise PlanError("its layer was to grow and does not", tensor=output.name)
+        if mlp and not grows and output.name == mlp.down:
+            _prove_filling(output, mlp.width)
+
+
+def _prove_filling(down: Output, width: int) -> None:
+    if any(part.terms and part.size and start + part.size > width for start, part in down.placed()):
+        raise PlanError("the filling of a layer that does not grow has columns that are not zero", tensor=down.name)
 
 
 def picks(output: Output, base: Mapping[str, TensorInfo]) -> tuple[Run, ...]:

@@ -62,6 +62,9 @@ class Proposal:
     parameters_after: int
     trainable: int
     trainable_share_of_base: float
+    layers_filled: tuple[int, ...]  # these only become as wide as those that grow
+    parameters_filled: int
+    bytes_filled: int
     bytes_to_write: int
     bytes_free: int
     shards_rewritten: int

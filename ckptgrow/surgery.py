@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from ckptgrow.errors import RequestError
 from ckptgrow.families import Architecture, Mlp
+from ckptgrow.layers import spelled
 from ckptgrow.plan import Edit, Output, Part, Plan, Share, Term, unchanged
 from ckptgrow.policy import POLICIES, SHARE_CHOICES, Policy, ShareChoice, kinds, shares
 from ckptgrow.tensors import TensorInfo
@@ -17,7 +19,7 @@ MOST_COPIES = 1024  # a Plan names each copy; nobody grows a model a thousandfol
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """How to grow: by a factor or to a width, which parts will train, and how the shares are made."""
+    """How to grow: by a factor or to a width, which parts will train, how the shares are made, and which layers."""
 
     factor: int | None = None
     width: int | None = None
@@ -25,6 +27,7 @@ class Growth:
     policy: str = "g-freeze"
     shares: ShareChoice = "auto"
     seed: int = 0
+    layers: tuple[int, ...] | None = None  # the others are filled up; None: every layer grows
 
     def __post_init__(self) -> None:
         for name in ("factor", "width", "multiple_of", "seed"):
@@ -48,6 +51,9 @@ class Growth:
     def rules(self) -> Policy:
         return POLICIES[self.policy]
 
+    def grows(self, layer: int) -> bool:
+        return self.layers is None or layer in self.layers
+
     def new_width(self, old: int) -> int:
         """The width after growing from `old`, rounded up to the asked multiple."""
         wanted = self.width if self.width is not None else (self.factor or 2) * old
@@ -60,14 +66,31 @@ class Growth:
 
 
 def expand(infos: Mapping[str, TensorInfo], architecture: Architecture, growth: Growth) -> Plan:
-    """The Plan that grows every MLP by copying its first units, in rounds, without changing the function.
+    """The Plan that grows MLPs by copying their first units, in rounds, without changing the function.
 
     Gate, up and their biases are copied as bytes; each column of down is shared out among the copies of its unit
-    (METHOD.md 1, 2). All other tensors stay as they are.
+    (METHOD.md 1, 2). MLPs that do not grow are filled up to the same width: their copies have zero columns and are not
+    marked as grown, so that nothing of them trains (METHOD.md 7). All other tensors stay as they are.
     """
+    check_layers(architecture, growth)
     grown = {name: _grow(infos[name], mlp, growth) for mlp in architecture.mlps for name in mlp.tensors}
     outputs = tuple(grown.get(name) or unchanged(info, BASE) for name, info in infos.items())
     return Plan(outputs, (Edit(architecture.width_path, growth.new_width(architecture.width)),))
+
+
+def check_layers(architecture: Architecture, growth: Growth) -> None:
+    """Raise RequestError unless the chosen layers are some of those that are there, but not all."""
+    present = sorted({mlp.layer for mlp in architecture.mlps})
+    absent = sorted(set(growth.layers or ()) - set(present))
+    if absent:
+        raise RequestError(
+            f"--layers {spelled(absent)}: there is no such layer", hint=f"The layers are {spelled(present)}."
+        )
+    if growth.layers is not None and len(growth.layers) == len(present):
+        raise RequestError(
+            f"--layers names all {len(present)} layers",
+            hint="Leave it out to grow them all; of a ranking, choose with its `top`.",
+        )
 
 
 def rounds(old: int, new: int) -> Iterator[range]:
@@ -78,18 +101,20 @@ def rounds(old: int, new: int) -> Iterator[range]:
 
 def _grow(info: TensorInfo, mlp: Mlp, growth: Growth) -> Output:
     """One tensor of an MLP, widened."""
-    slot, new = mlp.tensors[info.name], growth.new_width(mlp.width)
+    slot, new, grows = mlp.tensors[info.name], growth.new_width(mlp.width), growth.grows(mlp.layer)
     shape = tuple(new * len(slot.lanes) if axis == slot.axis else size for axis, size in enumerate(info.shape))
     if slot.lanes == ("down",):
-        parts = tuple(_shared(info.name, mlp.width, new, growth))
+        dealt = _shared(info.name, mlp.width, new, growth) if grows else _filled(info.name, mlp.width, new)
+        parts = tuple(dealt)
     else:
-        parts = tuple(part for lane in range(len(slot.lanes)) for part in _copied(info.name, lane, mlp.width, new))
+        copied = (_copied(info.name, lane, mlp.width, new, grows) for lane in range(len(slot.lanes)))
+        parts = tuple(chain.from_iterable(copied))
     return Output(info.name, info.dtype, shape, slot.axis, parts, mlp.member(info.name))
 
 
-def _copied(name: str, lane: int, old: int, new: int) -> Iterator[Part]:
+def _copied(name: str, lane: int, old: int, new: int, grows: bool) -> Iterator[Part]:
     """One lane of gate or up: all units, then the copied ones round by round."""
-    for grown, units in [(False, range(old)), *((True, units) for units in rounds(old, new))]:
+    for grown, units in [(False, range(old)), *((grows, units) for units in rounds(old, new))]:
         yield Part(len(units), (Term(BASE, name, range(lane * old + units.start, lane * old + units.stop)),), grown)
 
 
@@ -100,6 +125,12 @@ def _shared(name: str, old: int, new: int, growth: Growth) -> Iterator[Part]:
         for units, dealt in spans:
             if turn < len(dealt):
                 yield Part(len(units), (Term(BASE, name, units, share=dealt[turn]),), grown=turn > 0)
+
+
+def _filled(name: str, old: int, new: int) -> Iterator[Part]:
+    """Down of an MLP that does not grow: its own columns, and zeros for the copies."""
+    yield Part(old, (Term(BASE, name, range(old)),))
+    yield Part(new - old)
 
 
 def _shares(copies: int, growth: Growth) -> tuple[Share | None, ...]:

@@ -24,7 +24,7 @@ def room_of(path: Path) -> str:
 SOURCES = {room_of(path): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
 
 # DESIGN.md's order: each module imports only those before it.
-PURE = ["errors", "version", "tensors", "plan", "policy", "families", "surgery", "layout", "proof", "config"]
+PURE = ["errors", "version", "tensors", "layers", "plan", "policy", "families", "surgery", "layout", "proof", "config"]
 ORDER = [
     *PURE,
     "checkpoint",

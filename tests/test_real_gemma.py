@@ -24,8 +24,12 @@ pytestmark = pytest.mark.real
 TEXT = Path(__file__).parent.parent / "LICENSE"  # some thousand tokens of English
 TOKENS = 512
 WIDTH = 2048
-GROWTHS = {"twice": {"factor": 2}, "thrice": {"factor": 3}, "between": {"width": 2560}}
+GROWTHS: dict[str, dict[str, Any]] = {"twice": {"factor": 2}, "thrice": {"factor": 3}, "between": {"width": 2560}}
 LOADED = [("twice", "even", "g-freeze"), ("thrice", "random", "g-freeze"), ("between", "even", "g-freeze")]
+LOADED += [("some", "even", "g-freeze")]
+SOME = "3-7,12"
+LOADS = GROWTHS | {"some": {"layers": SOME}}
+BLOCK = 3 * 640 * WIDTH  # what one MLP gets
 FORBIDDEN = ("torch", "transformers", "safetensors.torch", "huggingface_hub", "tqdm")
 
 
@@ -109,6 +113,26 @@ def test_grown_twice_is_still_gemma(real_gemma: Path, out: Path, tmp_path: Path)
         shutil.rmtree(second, ignore_errors=True)
 
 
+def test_some_layers(real_gemma: Path, out: Path) -> None:
+    """Layers 3-7 and 12 grow, twelve are filled: the figures of --plan, the mask, the proof."""
+    what = ckptgrow.plan_expand(real_gemma, out, layers=SOME)
+    done = ckptgrow.expand(real_gemma, out, layers=SOME)
+    assert (
+        what.parameters_after
+        == 268_098_176 + 18 * BLOCK
+        == done.manifest.counts.trainable + done.manifest.counts.frozen
+    )
+    assert (what.trainable, what.parameters_filled, what.bytes_filled) == (6 * BLOCK, 12 * BLOCK, 2 * 12 * BLOCK)
+    assert done.manifest.counts.trainable_share_of_base == round(6 * BLOCK / 268_098_176, 6)
+    written = sum(file.stat().st_size for file in out.iterdir())
+    assert abs(what.bytes_to_write - written) < 100_000
+    assert {tensor.layer for tensor in done.manifest.trainable} == {3, 4, 5, 6, 7, 12}
+    verification = ckptgrow.verify(real_gemma, out)
+    assert verification.exit_code == 0
+    expected = "49,152 units and 24,576 units with a zero column are 36,864 base units in 18 MLPs, largest error 0.0"
+    assert verification.answers[1].figure == expected
+
+
 # ---------------------------------------------------------------- in transformers
 
 
@@ -141,7 +165,7 @@ def test_logits_agree(real_gemma: Path, out: Path, expected: Any, growth: str, s
     """Stock transformers opens it without a word: float32 logits within 1e-3, every first token the same."""
     import torch
 
-    ckptgrow.expand(real_gemma, out, **GROWTHS[growth], shares=shares, policy=policy)
+    ckptgrow.expand(real_gemma, out, **LOADS[growth], shares=shares, policy=policy)
     got = logits(out, torch.float32)
     largest = float((got - expected).abs().max())
     print(f"{growth} {shares} {policy}: largest float32 logit difference {largest:.3g}")
@@ -155,7 +179,7 @@ def test_logits_agree(real_gemma: Path, out: Path, expected: Any, growth: str, s
 @pytest.mark.parametrize(("growth", "shares", "policy"), LOADED)
 def test_verify_with_logits(real_gemma: Path, out: Path, growth: str, shares: str, policy: str) -> None:
     """verify's own fourth answer on the same text is yes, with bfloat16 beside the base's own distance to float32."""
-    ckptgrow.expand(real_gemma, out, **GROWTHS[growth], shares=shares, policy=policy)
+    ckptgrow.expand(real_gemma, out, **LOADS[growth], shares=shares, policy=policy)
     verification = ckptgrow.verify(real_gemma, out, logits=TEXT)
     answer = verification.answers[-1]
     print(f"{growth} {shares} {policy}: {answer.figure}")
@@ -167,13 +191,14 @@ def test_verify_with_logits(real_gemma: Path, out: Path, growth: str, shares: st
 
 @pytest.mark.transformers
 @pytest.mark.usefixtures("two_threads")
-def test_the_cards_code_trains_only_the_boxes(real_gemma: Path, out: Path) -> None:
+@pytest.mark.parametrize("layers", [None, SOME])
+def test_the_cards_code_trains_only_the_boxes(real_gemma: Path, out: Path, layers: str | None) -> None:
     """Two steps with the model card's own code: every box moves, and every other element keeps its bits."""
     import torch
 
     from ckptgrow.card import SNIPPET
 
-    done, names = ckptgrow.expand(real_gemma, out), {"folder": str(out)}
+    done, names = ckptgrow.expand(real_gemma, out, layers=layers), {"folder": str(out)}
     exec(compile(SNIPPET, "the card", "exec"), names)
     model: Any = names["model"]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -183,7 +208,7 @@ def test_the_cards_code_trains_only_the_boxes(real_gemma: Path, out: Path) -> No
         names["optimizer"].step()
         names["optimizer"].zero_grad()
     boxes = {tensor.name: tensor.boxes for tensor in done.manifest.trainable}
-    assert len(boxes) == 3 * 18
+    assert len(boxes) == 3 * (6 if layers else 18)
     for name, after in model.state_dict().items():
         differs = before[name].view(torch.int32) != after.view(torch.int32)
         for box in boxes.get(name, ()):

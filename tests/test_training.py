@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.optimizer import _global_optimizer_pre_hooks
@@ -111,9 +112,11 @@ Grow = Callable[..., Path]
 def grow(tmp_path: Path) -> Grow:
     """A grown checkpoint of a family, policy and dtype."""
 
-    def make(model_type: str = "llama", policy: str = "g-freeze", dtype: str = "F32", **options: Any) -> Path:
+    def make(
+        model_type: str = "llama", policy: str = "g-freeze", dtype: str = "F32", only: str | None = None, **options: Any
+    ) -> Path:
         base = checkpoints.make(tmp_path / "base", model_type, dtype=dtype, **options)
-        return Path(ckptgrow.expand(base, tmp_path / "grown", policy=policy).folder)
+        return Path(ckptgrow.expand(base, tmp_path / "grown", policy=policy, layers=only).folder)
 
     return make
 
@@ -306,6 +309,27 @@ def test_no_frozen_bit_moves_under_decay(grow: Grow, family: str, policy: str, h
     frozen, free, total = moved(before, model.state_dict(), handle.manifest)
     assert (frozen, free) == (0, total)
     handle.check(optimizer)
+
+
+@pytest.mark.parametrize("how", ["split", "mask"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_only_the_layers_that_grew_train(grow: Grow, tmp_path: Path, policy: str, how: How) -> None:
+    """The other layers are filled up: under decay not one of their bits moves, and an audit agrees."""
+    folder = grow("llama", policy, only="1")
+    model = Toy(folder)
+    before, handle = state(model), freeze(model, folder, how)
+    optimizer = adamw(model)
+    handle.guard(optimizer)
+    steps(model, optimizer)
+    after = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    frozen, free, total = moved(before, after, handle.manifest)
+    assert (frozen, free) == (0, total)
+    assert {name.split(".")[2] for name in before if not torch.equal(before[name], after[name])} == {"1"}
+    for status in (0, 1):
+        (trained := tmp_path / f"trained{status}").mkdir()
+        save_file(after, trained / "model.safetensors")
+        assert ckptgrow.audit(folder, trained).exit_code == status
+        after["model.layers.0.mlp.down_proj.weight"][:, 12:] += 1
 
 
 @pytest.mark.parametrize("how", ["split", "mask"])

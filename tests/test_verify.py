@@ -247,7 +247,7 @@ def test_a_free_unit_may_be_anything(base: Path, grown: Path) -> None:
     checkpoints.edit(grown, free)
     result = ckptgrow.verify(base, grown)
     assert result.exit_code == 0
-    assert "47 units and 1 units with a zero column are 24 base units" in result.answers[1].figure
+    assert "47 units and 1 unit with a zero column are 24 base units" in result.answers[1].figure
 
 
 def test_a_config_with_nan_is_itself(base: Path) -> None:

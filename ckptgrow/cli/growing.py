@@ -45,6 +45,11 @@ def inspect(src: str, as_json: bool) -> None:
     help="How columns of down are shared out. auto: random where two trainable copies would stay equal, else even.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of random shares.")
+@click.option(
+    "--layers",
+    metavar="LIST",
+    help="Grow only these, such as 3-11,20, or @ranking.json; the others are filled with copies that do nothing.",
+)
 @click.option("--plan", is_flag=True, help="Say what would happen and write nothing; with --json the whole Plan.")
 @click.option("--force", is_flag=True, help="Replace an existing OUT, only after the new one is complete.")
 @click.option("--resume", is_flag=True, help="Go on from the finished shards of a killed run.")
@@ -62,7 +67,7 @@ def expand(
     quiet: bool,
     **growth: Any,
 ) -> None:
-    """Grow every MLP of SRC into the new folder OUT, the same function.
+    """Grow the MLPs of SRC into the new folder OUT, the same function.
 
     OUT opens in stock loaders. ckptgrow.json in it says what was done and which elements should train.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ckptgrow.errors import FamilyError, FormatError, PlanError
 from ckptgrow.execute import write_shards
 from ckptgrow.families import Architecture, locate, ties
 from ckptgrow.hub import Origin, fetch, preview
+from ckptgrow.layers import chosen, ranked
 from ckptgrow.layout import INDEX, Layout, lay
 from ckptgrow.manifest import CONFIG_KEY, Grown, Manifest, describe, history, identify, read_mask
 from ckptgrow.policy import ShareChoice, said
@@ -28,6 +29,7 @@ from ckptgrow.surgery import BASE, Growth
 from ckptgrow.version import __version__
 
 Source = str | Path
+Layers = str | Iterable[int] | None
 
 
 def inspect(src: Source) -> Inspection:
@@ -55,14 +57,16 @@ def plan_expand(
     policy: str = "g-freeze",
     shares: ShareChoice = "auto",
     seed: int = 0,
+    layers: Layers = None,
 ) -> Proposal:
     """What `expand` would do with the same options, for `--plan`: reads headers only and writes nothing.
 
     Raises CkptgrowError for whatever `expand` would refuse before its first byte, but for an existing OUT and a
     full disk, which the figures show.
     """
+    growth = Growth(factor, width, multiple_of, policy, shares, seed, _layers(layers))
     origin, base = _peek(src)
-    return _prepare(origin, base, Path(out), Growth(factor, width, multiple_of, policy, shares, seed)).proposal
+    return _prepare(origin, base, Path(out), growth).proposal
 
 
 def expand(
@@ -75,21 +79,24 @@ def expand(
     policy: str = "g-freeze",
     shares: ShareChoice = "auto",
     seed: int = 0,
+    layers: Layers = None,
     force: bool = False,
     resume: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
     bars: bool = False,
 ) -> Expansion:
-    """Grow every MLP of `src` (a folder or `org/name[@revision]`) into the new folder `out`, the same function.
+    """Grow the MLPs of `src` (a folder or `org/name[@revision]`) into the new folder `out`, the same function.
 
     `factor` (2 if neither is given) or `width` says how wide; `policy` what will train (METHOD.md 4); `shares` and
-    `seed` how each column of down is shared out among the copies of its unit (METHOD.md 2, 3). `force` replaces an
-    existing `out` once the new one is complete; `resume` goes on from a killed run; `verify` proves what was written
-    before `out` appears; `bars` lets huggingface_hub draw its own while it downloads. Raises CkptgrowError (and OSError
-    where the system fails), and then nothing is left on disk.
+    `seed` how each column of down is shared out among the copies of its unit (METHOD.md 2, 3). `layers` names the
+    layers that grow ("3-11,20", "@ranking.json", or numbers): the others are filled up to the same width with copies
+    whose columns are zero and that never train (METHOD.md 7). `force` replaces an existing `out` once the new one is
+    complete; `resume` goes on from a killed run; `verify` proves what was written before `out` appears; `bars` lets
+    huggingface_hub draw its own while it downloads. Raises CkptgrowError (and OSError where the system fails), and then
+    nothing is left on disk.
     """
-    growth = Growth(factor, width, multiple_of, policy, shares, seed)
+    growth = Growth(factor, width, multiple_of, policy, shares, seed, _layers(layers))
     report, seen = progress or silent, preview(src)
     target = Path(out).resolve()
     check_apart(target, seen.origin.folder)
@@ -208,6 +215,16 @@ def _blocks(base: Checkpoint, architecture: Architecture) -> Iterator[Block]:
         yield Block(mlp.block, mlp.layer, mlp.width, mlp.hidden, tuple(dtypes))
 
 
+def _layers(asked: Layers) -> tuple[int, ...] | None:
+    """The layers to grow, ascending; None stands for all. `@FILE` names a ranking."""
+    if not isinstance(asked, str) or not asked.startswith("@"):
+        return None if asked is None else chosen(asked)
+    try:
+        return chosen(ranked(Path(asked[1:]).read_bytes(), asked[1:]))
+    except OSError as error:
+        raise FormatError(f"it cannot be read ({error.strerror})", file=asked[1:]) from None
+
+
 def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Job:
     """Everything that can be known, and refused, before the first byte is written."""
     architecture = locate(base.config, base.infos)
@@ -215,7 +232,7 @@ def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Jo
     history(base)
     plan = surgery.expand(base.infos, architecture, growth)
     prove(plan, base.infos, architecture)
-    prove_marks(plan, architecture)
+    prove_marks(plan, architecture, growth.layers)
     layout = lay(plan, base.headers, base.infos, base.index)
     grown = read_mask(plan, base, architecture, growth)
     copied, left_out = base.companions()
@@ -227,12 +244,15 @@ def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Jo
         family=architecture.family.model_type,
         policy=growth.policy,
         policy_about=growth.rules.about,
-        shares=tuple(said(old, growth.new_width(old), growth.rules, growth.shares)),
+        shares=tuple(said(old, growth.new_width(old), growth.rules, growth.shares, growth.layers)),
         blocks=grown.blocks,
         parameters_before=base.parameters,
         parameters_after=grown.counts.trainable + grown.counts.frozen,
         trainable=grown.counts.trainable,
         trainable_share_of_base=grown.counts.trainable_share_of_base,
+        layers_filled=tuple(sorted({block.layer for block in grown.blocks if block.filled})),
+        parameters_filled=grown.counts.filled,
+        bytes_filled=grown.counts.filled_bytes,
         bytes_to_write=layout.nbytes + small,
         bytes_free=free_bytes(out),
         shards_rewritten=sum(not shard.whole for shard in layout.shards),

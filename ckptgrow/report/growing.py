@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptgrow.equivalence import Answer
+from ckptgrow.layers import spelled
 from ckptgrow.report.lines import row, size, widths
 from ckptgrow.results import Expansion, Inspection, Proposal, Verification
 
@@ -58,13 +59,12 @@ def _inspection(seen: Inspection) -> Iterator[str]:
 
 def _proposal(what: Proposal) -> Iterator[str]:
     yield row("grow", f"{what.source} ({what.family}) -> {what.out}")
-    yield from widths((b.block, b.layer, f"{b.old_width:,} -> {b.new_width:,} units") for b in what.blocks)
+    yield from _grown_blocks(what)
     more = what.parameters_after / what.parameters_before - 1
     yield row("parameters", f"{what.parameters_before:,} -> {what.parameters_after:,} (+{more:.1%})")
     yield row("policy", f"{what.policy}: {what.policy_about}")
     yield row("trainable", f"{what.trainable:,} parameters, {what.trainable_share_of_base:.1%} of the base")
-    for sentence in what.shares:
-        yield row("shares", sentence)
+    yield from _shared_out(what)
     yield row("writes", f"{size(what.bytes_to_write)}, {size(what.bytes_free)} free on that disk")
     yield row("shards", f"{what.shards_rewritten} rewritten, {what.shards_copied} copied as they are")
     if what.files_copied:
@@ -75,11 +75,10 @@ def _proposal(what: Proposal) -> Iterator[str]:
 
 def _expansion(done: Expansion) -> Iterator[str]:
     what = done.proposal
-    yield from widths((b.block, b.layer, f"{b.old_width:,} -> {b.new_width:,} units") for b in what.blocks)
+    yield from _grown_blocks(what)
     yield row("parameters", f"{what.parameters_before:,} -> {what.parameters_after:,}")
     yield row("trainable", f"{what.trainable:,} ({what.trainable_share_of_base:.1%} of the base), policy {what.policy}")
-    for sentence in what.shares:
-        yield row("shares", sentence)
+    yield from _shared_out(what)
     if done.manifest.inexact_halves:
         count = done.manifest.inexact_halves
         yield row(
@@ -90,6 +89,22 @@ def _expansion(done: Expansion) -> Iterator[str]:
     if done.verification:
         yield from (line for answer in done.verification.answers for line in _answer(answer))
     yield f"wrote {done.folder}" + ("" if done.verification else " (not verified)")
+
+
+def _grown_blocks(what: Proposal) -> Iterator[str]:
+    kind = {False: "units", True: "units, filled with zero columns"}
+    yield from widths((b.block, b.layer, f"{b.old_width:,} -> {b.new_width:,} {kind[b.filled]}") for b in what.blocks)
+
+
+def _shared_out(what: Proposal) -> Iterator[str]:
+    for sentence in what.shares:
+        yield row("shares", sentence)
+    if what.layers_filled:
+        yield row(
+            "filling",
+            f"{what.parameters_filled:,} parameters, {size(what.bytes_filled)}: layers {spelled(what.layers_filled)} do"
+            " not grow, and all MLPs must have one width; it never trains and can be dropped again",
+        )
 
 
 def _answer(answer: Answer) -> Iterator[str]:
