@@ -124,11 +124,15 @@ class Handle(ABC):
             parameter.requires_grad_(self._before.get(name, parameter.requires_grad))
 
     def before_first_step(self, optimizer: Optimizer) -> None:
-        """Look at an optimizer once; gradients are there and nothing has moved yet."""
+        """Look at an optimizer once; gradients are there and nothing has moved yet.
+
+        Where the step itself runs the backward pass (a closure, as Lightning's), there are none yet: look again.
+        """
         if optimizer not in self._seen:
             self._check_optimizer(optimizer)
             self._check_gradients(optimizer)
-            self._seen.add(optimizer)
+            if any(parameter.grad is not None for parameter in _parameters(optimizer)):
+                self._seen.add(optimizer)
 
     @abstractmethod
     def _check_optimizer(self, optimizer: Optimizer) -> None:

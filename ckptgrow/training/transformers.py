@@ -25,15 +25,16 @@ class FreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def __init__(self, manifest: Manifest | Path | str | None = None, how: How = "split") -> None:
         self.manifest, self.how = manifest, how
         self.handle: Handle | None = None
+        self.leads = True  # of several processes, the one that prints and writes
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **has: Any) -> None:
         """The optimizer that comes will hold what has requires_grad now."""
         model = has["model"]
         self.manifest = find_manifest(model, self.manifest)
-        if self.how == "split":
-            self.handle = freeze(model, self.manifest)
-        else:
+        if self.how == "mask":
             require_grad(model, self.manifest)
+        else:
+            self.handle = freeze(model, self.manifest, self.how)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **has: Any) -> None:
         """The model is wrapped and sharded by now, which hooks must not precede."""
@@ -47,7 +48,8 @@ class FreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self.handle.check()
         else:
             self.handle.guard(has["optimizer"])
-        if state.is_world_process_zero:
+        self.leads = state.is_world_process_zero
+        if self.leads:
             print(f"ckptgrow: {self.handle.stats()}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **has: Any) -> None:
@@ -56,7 +58,7 @@ class FreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             return
         self.handle.check()
         folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
-        if state.is_world_process_zero and folder.is_dir():
+        if self.leads and folder.is_dir():
             (folder / MANIFEST).write_text(self.handle.manifest.text(), encoding="utf-8")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **has: Any) -> None:
