@@ -113,7 +113,7 @@ def test_a_saved_model_that_moved_ends_the_run(module: Any, grown: Path) -> None
         tensors["model.norm.weight"][0] += 1
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
-    with pytest.raises(FreezeError, match=r"the frozen part is not that of the grown one.*ckptgrow audit"):
+    with pytest.raises(FreezeError, match=r"frozen part is not that of the grown one.*ckptgrow audit"):
         train(module.CkptgrowPlugin(), config(grown), meddle)
 
 
@@ -174,8 +174,8 @@ def test_axolotl_reads_the_example(beside: Path) -> None:
 
 
 def test_axolotl_trains_the_example(beside: Path) -> None:
-    """`axolotl train`, on CPU; skipped where Axolotl itself cannot run here."""
-    command = [sys.executable, "-m", "axolotl.cli.train", "examples/axolotl.yaml"]
+    """`axolotl train`, on CPU, where half precision does not run; skipped where Axolotl itself cannot run here."""
+    command = [sys.executable, "-m", "axolotl.cli.train", "examples/axolotl.yaml", "--bf16=False"]
     done = subprocess.run(command, capture_output=True, text=True, env=quiet())
     if "ModuleNotFoundError" in done.stderr:
         pytest.skip(f"Axolotl misses something: {done.stderr.strip().splitlines()[-1]}")
