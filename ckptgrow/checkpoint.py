@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,14 @@ CARD = "README.md"
 _STALE = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
 _STALE_NAMES = ("trainer_state.json", "adapter_config.json")
 _WRITTEN_ANEW = (CONFIG, INDEX, MANIFEST, CARD)
+
+
+class Tensors(Protocol):
+    """Tensors by name, from wherever they come."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+    def bits(self, name: str) -> Bits: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptgrow.checkpoint import Bits, Checkpoint
+from ckptgrow.checkpoint import Bits, Checkpoint, Tensors
 from ckptgrow.errors import CkptgrowError, FormatError
 from ckptgrow.layout import Layout, Shard
 from ckptgrow.numeric import Floats, betas, census, decode, encode, share_of
@@ -30,7 +31,7 @@ from ckptgrow.tensors import DTYPE_BITS
 BLOCK_BYTES = 1 << 20
 COPY_BYTES = 64 << 20
 Progress = Callable[[int], None]  # called with the number of bytes just written, from any thread
-Sources = Mapping[str, Checkpoint]
+Sources = Mapping[str, Tensors]  # bytes are copied inside the kernel where it is a Checkpoint, which has files
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 # Other file system, old kernel, special file, sandbox: copy through memory instead.
 _NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
@@ -111,8 +112,10 @@ def _write_shard(folder: Path, shard: Shard, sources: Sources, progress: Progres
 def _head_of(shard: Shard, sources: Sources) -> bytes:
     """The source file's own header bytes: a shard in which nothing changes is copied as it is."""
     term = shard.outputs[0].parts[0].terms[0]
-    path, offset, _ = sources[term.source].span(term.name)
-    info = sources[term.source].infos[term.name]
+    source = sources[term.source]
+    assert isinstance(source, Checkpoint)
+    path, offset, _ = source.span(term.name)
+    info = source.infos[term.name]
     with path.open("rb") as file:
         return file.read(offset - info.start)
 
@@ -124,13 +127,30 @@ def write_output(target: BinaryIO, output: Output, sources: Sources, progress: P
         for path, offset, nbytes in runs:
             copy_bytes(path, offset, nbytes, target, progress)
         return 0
-    inexact = 0
+    inexact, held = 0, {name: _Held(source) for name, source in sources.items()}
     for block in blocks(output):
-        data, odd = _filled(output, block, sources)
+        data, odd = _filled(output, block, held)
         _write_all(target, data.data)
         progress(data.nbytes)
         inexact += odd
     return inexact
+
+
+def made(output: Output, sources: Sources) -> Bits:
+    """One tensor of the result, in memory."""
+    outer, inner = output.steps
+    whole = np.empty((outer, output.extent, inner), f"<u{DTYPE_BITS[output.dtype] // 8}")
+    for block in blocks(output):
+        data, _ = _filled(output, block, sources)
+        whole[block.rows.start : block.rows.stop, block.start : block.stop] = data
+    return whole.reshape(output.shape)
+
+
+class _Held:
+    """A source of which each tensor is fetched once while one output is written: some have to put it together."""
+
+    def __init__(self, source: Tensors) -> None:
+        self.infos, self.bits = source.infos, cache(source.bits)
 
 
 def contiguous(output: Output, sources: Sources) -> Iterator[tuple[Path, int, int]]:
@@ -140,13 +160,16 @@ def contiguous(output: Output, sources: Sources) -> Iterator[tuple[Path, int, in
     ranges = [(term, term.units) for term in terms if term is not None and isinstance(term.units, range)]
     if len(ranges) != len(terms) or (outer > 1 and len(terms) > 1):
         return
-    for term, _ in ranges:
-        info = sources[term.source].infos[term.name]
-        if info.dtype != output.dtype or (outer > 1 and info.shape != output.shape):
-            return
-    place = inner * DTYPE_BITS[output.dtype] * outer  # bits a place along the axis takes, over all slices
+    found = []
     for term, units in ranges:
-        path, offset, _ = sources[term.source].span(term.name)
+        source, info = sources[term.source], sources[term.source].infos[term.name]
+        if not isinstance(source, Checkpoint) or info.dtype != output.dtype:
+            return
+        if outer > 1 and info.shape != output.shape:
+            return
+        found.append((units, source.span(term.name)))
+    place = inner * DTYPE_BITS[output.dtype] * outer  # bits a place along the axis takes, over all slices
+    for units, (path, offset, _) in found:
         yield path, offset + units.start * place // 8, len(units) * place // 8
 
 
@@ -203,7 +226,7 @@ class _Piece:
     rows: range
     picked: slice
     axis: int
-    source: Checkpoint
+    source: Tensors
 
     @property
     def dtype(self) -> str:

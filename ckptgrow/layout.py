@@ -52,9 +52,12 @@ def lay(
     headers: Mapping[str, Header],
     infos: Mapping[str, TensorInfo],
     index: Mapping[str, Any] | None,
-    source: str = "base",
+    source: str | None = "base",
 ) -> Layout:
-    """The files of the result of a Plan, laid out as `source` is: its shard headers and index (None: one file)."""
+    """The files of the result of a Plan, laid out as `source` is: its shard headers and index (None: one file).
+
+    `source` None: no shard is any source's file, whatever its tensors are.
+    """
     home = {info.name: file for file, header in headers.items() for info in header.tensors}
     outputs: dict[str, list[Output]] = defaultdict(list)
     for output in plan.outputs:
@@ -63,8 +66,9 @@ def lay(
     return Layout(shards, _index(index, plan) if index is not None else None)
 
 
-def _shard(file: str, outputs: list[Output], was: Header, infos: Mapping[str, TensorInfo], source: str) -> Shard:
-    whole = len(outputs) == len(was.tensors) and all(o.is_copy_of(infos[o.name], source) for o in outputs)
+def _shard(file: str, outputs: list[Output], was: Header, infos: Mapping[str, TensorInfo], source: str | None) -> Shard:
+    same = source is not None and all(o.is_copy_of(infos[o.name], source) for o in outputs)
+    whole = same and len(outputs) == len(was.tensors)
     header = was if whole else arrange((o.info for o in outputs), was.metadata)
     by_name = {output.name: output for output in outputs}
     return Shard(file, header, tuple(by_name[t.name] for t in header.tensors), whole)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptgrow.checkpoint import MANIFEST, Checkpoint, digest_of
+from ckptgrow.config import set_value
 from ckptgrow.errors import FormatError
 from ckptgrow.families import Architecture, Mlp, in_memory_name, ties
 from ckptgrow.plan import Output, Plan
@@ -188,9 +189,7 @@ def history(base: Checkpoint) -> tuple[Mapping[str, Any], ...]:
     Where a trainer saved the base without its ckptgrow.json, the digest in its config.json is all there is.
     Raises FormatError where the two contradict each other.
     """
-    entry, path = base.config.get(CONFIG_KEY), base.folder / MANIFEST
-    digest = entry.get("manifest") if isinstance(entry, Mapping) else None
-    digest = digest if isinstance(digest, str) and _DIGEST.fullmatch(digest) else None
+    digest, path = named_in(base.config), base.folder / MANIFEST
     if not path.is_file():
         return ({"manifest": digest},) if digest else ()
     text = path.read_bytes()
@@ -202,6 +201,26 @@ def history(base: Checkpoint) -> tuple[Mapping[str, Any], ...]:
         )
     manifest = _parsed(text, path)
     return (*manifest.pop("history"), manifest)
+
+
+def named_in(config: Mapping[str, Any]) -> str | None:
+    """The digest of the manifest that a config.json names."""
+    entry = config.get(CONFIG_KEY)
+    digest = entry.get("manifest") if isinstance(entry, Mapping) else None
+    return digest if isinstance(digest, str) and _DIGEST.fullmatch(digest) else None
+
+
+def growth_of(manifest: Manifest) -> Growth:
+    """The growth that a manifest describes, to be made again. Raises CkptgrowError for one that is not to be had."""
+    asked, seed = manifest.shares.get("asked", "auto"), manifest.shares.get("seed", 0)
+    return Growth(width=manifest.blocks[0].new_width, policy=manifest.policy, shares=asked, seed=seed)
+
+
+def grown_config(text: str, plan: Plan, manifest: Manifest, width_path: str) -> str:
+    """config.json of the result: the base's text with the Plan's edits and the manifest's digest."""
+    for edit in plan.config:
+        text = set_value(text, edit.path, edit.value)
+    return set_value(text, CONFIG_KEY, manifest.config_entry(width_path))
 
 
 def load_manifest(path: Path) -> Manifest:

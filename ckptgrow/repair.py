@@ -1,25 +1,29 @@
 """The trained checkpoint with its frozen elements put back bit for bit: a Plan of two sources, and how it is written.
 
 In a tensor that drifted the parts alternate between the trained checkpoint, where the boxes are, and the grown one.
-The trained dtype stays: a grown value goes into a wider one exactly. Refused where that would destroy what was
-learned, or could not help.
+The trained dtype stays: a grown value goes into a wider one exactly. Safetensors keep their names and sharding; what
+lies otherwise (a torch.distributed.checkpoint) becomes safetensors with the grown checkpoint's names and sharding.
+Refused where repair would destroy what was learned, or could not help.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint
 from ckptgrow.config import set_value
-from ckptgrow.drift import CAUSES, Audit, Job, Pair, Progress, compare_names, examine
+from ckptgrow.drift import Audit, Job, Pair, Progress, compare_names, examine
 from ckptgrow.errors import PlanError, RequestError
 from ckptgrow.execute import write_shards
 from ckptgrow.layout import INDEX, lay
 from ckptgrow.manifest import CONFIG_KEY
 from ckptgrow.plan import Output, Part, Plan, Term, unchanged
 from ckptgrow.staging import Staging, check_space
-from ckptgrow.tensors import TensorInfo
+from ckptgrow.traces import CAUSES
+from ckptgrow.trained import open_trained
+
+GROWN, TRAINED = "grown", "trained"
 
 
 def check_repairable(job: Job, seen: Audit, force: bool) -> None:
@@ -29,12 +33,6 @@ def check_repairable(job: Job, seen: Audit, force: bool) -> None:
         raise RequestError("what cannot be compared cannot be repaired: " + first.problem, tensor=first.tensor)
     if seen.cause == "narrowed":
         raise RequestError(CAUSES["narrowed"], hint="Save the trained model in the dtype of the grown checkpoint.")
-    if not isinstance(job.trained, Checkpoint):
-        raise RequestError(
-            "a torch.distributed.checkpoint is audited but not repaired",
-            file=str(job.trained.folder),
-            hint="Write it as safetensors first (accelerate merge-weights, or the trainer's own export).",
-        )
     if seen.cause == "trained" and not force:
         raise RequestError(
             f"{seen.total('moved_before_cast'):,} frozen elements were trained, by up to a relative"
@@ -43,41 +41,68 @@ def check_repairable(job: Job, seen: Audit, force: bool) -> None:
         )
 
 
-def restoration(infos: Mapping[str, TensorInfo], drifted: tuple[Pair, ...]) -> Plan:
-    """The Plan of the trained checkpoint in which the frozen parts of these tensors are the grown one's."""
+def restoration(job: Job, drifted: tuple[Pair, ...]) -> Plan:
+    """The Plan of the trained safetensors in which the frozen parts of these tensors are the grown one's."""
     pairs = {pair.trained.name: pair for pair in drifted}
-    outputs = (_restored(pairs[name]) if name in pairs else unchanged(info, "trained") for name, info in infos.items())
+    return Plan(
+        tuple(
+            _restored(pairs[name], name) if name in pairs else unchanged(info, TRAINED)
+            for name, info in job.trained.infos.items()
+        )
+    )
+
+
+def renewal(job: Job, drifted: tuple[Pair, ...]) -> Plan:
+    """The Plan of the same under the names of the grown checkpoint; a tied head that was dropped is there again."""
+    pairs = {pair.grown.name: pair for pair in reversed(job.pairs)}  # of tied copies the first, which is not the head
+    outputs = []
+    for name, info in job.reference.tensors.infos.items():
+        if name not in pairs:
+            outputs.append(unchanged(info, GROWN))
+        elif pairs[name] in drifted:
+            outputs.append(_restored(pairs[name], name))
+        else:
+            outputs.append(replace(unchanged(pairs[name].trained, TRAINED), name=name))
     return Plan(tuple(outputs))
 
 
-def _restored(pair: Pair) -> Output:
-    spans = [(span, "grown", pair.grown.name) for span in pair.frozen]
-    spans += [(span, "trained", pair.trained.name) for span in pair.trainable]
-    parts = tuple(Part(b - a, (Term(source, name, range(a, b)),)) for (a, b), source, name in sorted(spans))
-    return Output(pair.trained.name, pair.trained.dtype, pair.trained.shape, pair.axis, parts)
+def _restored(pair: Pair, name: str) -> Output:
+    spans = [(span, GROWN, pair.grown.name) for span in pair.frozen]
+    spans += [(span, TRAINED, pair.trained.name) for span in pair.trainable]
+    parts = tuple(Part(b - a, (Term(source, owner, range(a, b)),)) for (a, b), source, owner in sorted(spans))
+    return Output(name, pair.trained.dtype, pair.trained.shape, pair.axis, parts)
 
 
 def repair(job: Job, seen: Audit, drifted: tuple[Pair, ...], out: Path, progress: Progress) -> None:
     """Write OUT, audit it, and only then let it appear."""
-    trained = job.trained
-    assert isinstance(trained, Checkpoint)
-    plan = restoration(trained.infos, drifted)
-    plan.check({"grown": job.grown.infos, "trained": trained.infos})
-    layout = lay(plan, trained.headers, trained.infos, trained.index, "trained")
-    files = [*trained.companions()[0], *(name for name in (CARD,) if (trained.folder / name).is_file())]
-    check_space(out, layout.nbytes + sum((trained.folder / file).stat().st_size for file in files))
+    reference, trained = job.reference, job.trained
+    if isinstance(trained, Checkpoint):
+        plan, files = restoration(job, drifted), trained
+        layout = lay(plan, files.headers, files.infos, files.index, TRAINED)
+        beside = [*files.companions()[0], *(name for name in (CARD,) if (files.folder / name).is_file())]
+    else:
+        plan, files = renewal(job, drifted), reference.files
+        layout = lay(plan, files.headers, files.infos, files.index, source=None)
+        beside = [*files.companions()[0]]
+    plan.check({GROWN: reference.tensors.infos, TRAINED: trained.infos})
+    check_space(out, layout.nbytes + sum((files.folder / file).stat().st_size for file in beside))
     with Staging(out, "repair") as staging:
-        write_shards(layout, {"grown": job.grown, "trained": trained}, staging, progress)
-        for file in files:
-            staging.copy(trained.folder / file, file)
+        write_shards(layout, {GROWN: reference.tensors, TRAINED: trained}, staging, progress)
+        for file in beside:
+            staging.copy(files.folder / file, file)
         if layout.index is not None:
             staging.put(INDEX, layout.index)
-        staging.copy(job.grown.folder / MANIFEST, MANIFEST)
-        text = trained.config_text or job.grown.config_text
-        if CONFIG_KEY not in (trained.config if trained.config_text else job.grown.config):
-            text = set_value(text, CONFIG_KEY, job.grown.config[CONFIG_KEY])
-        staging.put(CONFIG, text)
-        again, _ = examine(compare_names(job.grown.folder, staging.folder), lambda _: None)
+        staging.put(MANIFEST, reference.manifest_text.decode())
+        staging.put(CONFIG, _config(job))
+        again, _ = examine(compare_names(reference, open_trained(staging.folder)), lambda _: None)
         if again.cause != "nothing" or again.findings or again.total("changed") != seen.total("changed"):
             raise PlanError("the repaired checkpoint is not what it should be", hint="Nothing was kept. Report it.")
         staging.commit()
+
+
+def _config(job: Job) -> str:
+    """The trained config.json, or the grown one; it names the manifest."""
+    text = job.trained.config_text
+    if not text or CONFIG_KEY in job.trained.config:
+        return text or job.reference.config_text
+    return set_value(text, CONFIG_KEY, job.reference.config[CONFIG_KEY])

@@ -1,9 +1,8 @@
-"""What trainers give back, read as the grown checkpoint it came from: folders, names, tied heads.
+"""What trainers give back: opening the folders they write. Who is who in them is matching.py.
 
 Taken: safetensors in any sharding, with or without config.json (DeepSpeed's zero_to_fp32.py writes none), and
-torch.distributed.checkpoint folders (.metadata and *.distcp), whose tensors are loaded one by one. Names may carry
-wrappers anywhere, one prefix more or less, or be those of a transformers model in memory. Refused, with the way out:
-adapters that are not merged, pieces of tensors, pickles.
+torch.distributed.checkpoint folders (.metadata and *.distcp), whose tensors are loaded one by one. Refused, with the
+way out: adapters that are not merged, pieces of tensors, pickles.
 
 A .metadata file is a pickle. It is read here with a reader that knows torch's descriptions of tensors and no other
 class, so it can run no code; the tensors go through torch.load(weights_only=True), as torch itself reads them.
@@ -14,50 +13,42 @@ from __future__ import annotations
 import pickle
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from ckptgrow.checkpoint import CONFIG, Bits, Checkpoint, is_plain_name, open_weights, read_json
-from ckptgrow.equivalence import Finding
+from ckptgrow.checkpoint import CONFIG, Bits, Tensors, is_plain_name, open_weights, read_json
 from ckptgrow.errors import CkptgrowError, FormatError, RequestError
-from ckptgrow.families import FAMILIES, HEAD, ends_in, in_memory_name, ties
 from ckptgrow.layout import INDEX, SINGLE
-from ckptgrow.manifest import Manifest
 from ckptgrow.tensors import DTYPE_BITS, TensorInfo
 
-# Put between the parts of a name by torch.compile, DDP, FSDP1, activation checkpointing.
-WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 METADATA = ".metadata"
-# What lies beside the model in a dump of a whole training run.
-_STATE = frozenset({"optimizer", "optimizers", "optim", "lr_scheduler", "scheduler", "dataloader", "train_state"})
 _PIECES = "DCP_SHARDING_INFO"  # in the header of a safetensors file that torch.distributed.checkpoint wrote
 
 
-class Tensors(Protocol):
-    """Tensors by name: a Checkpoint, or a dump."""
+class Trained(Tensors, Protocol):
+    """What a trainer wrote: a Checkpoint, or a dump. The config is empty where there is none."""
 
     @property
     def folder(self) -> Path: ...
     @property
-    def config(self) -> Mapping[str, Any]: ...
+    def config_text(self) -> str: ...
     @property
-    def infos(self) -> Mapping[str, TensorInfo]: ...
-    def bits(self, name: str) -> Bits: ...
+    def config(self) -> Mapping[str, Any]: ...
 
 
 # ---------------------------------------------------------------- opening
 
 
-def open_trained(folder: Path) -> Tensors:
+def open_trained(folder: Path) -> Trained:
     """Open what a trainer wrote. Raises RequestError, with the way out, for what cannot be compared as it is."""
     if not folder.is_dir():
         raise RequestError("it is not a folder", file=str(folder), hint="Give the folder that the trainer wrote.")
     if (folder / "adapter_config.json").is_file():
-        raise _unmerged(folder)
+        raise unmerged(folder)
     if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
         found = open_weights(folder)
         for file, header in found.headers.items():
@@ -73,7 +64,7 @@ def open_trained(folder: Path) -> Tensors:
 
 _ZERO = (
     "DeepSpeed's pieces of tensors, one file a rank",
-    "Run its zero_to_fp32.py CHECKPOINT OUT --safe_serialization and audit OUT.",
+    "Run its zero_to_fp32.py CHECKPOINT OUT --safe_serialization and give OUT.",
 )
 _RANKS = (
     "pieces of tensors, one file a rank",
@@ -109,11 +100,11 @@ def _refusal(folder: Path) -> RequestError:
     )
 
 
-def _unmerged(folder: Path) -> RequestError:
+def unmerged(folder: Path) -> RequestError:
     return RequestError(
         "a LoRA that is not merged: the checkpoint below it did not move",
         file=str(folder),
-        hint="Merge it first (PEFT's merge_and_unload, then save_pretrained) and audit the result.",
+        hint="Merge it first (PEFT's merge_and_unload, then save_pretrained) and give the result.",
     )
 
 
@@ -125,6 +116,7 @@ class Dump:
     """A torch.distributed.checkpoint folder; each tensor is put together from its pieces when it is asked for."""
 
     folder: Path
+    config_text: str
     config: Mapping[str, Any]
     infos: Mapping[str, TensorInfo]
     reader: Any
@@ -166,8 +158,8 @@ def open_dump(folder: Path, beside: Path) -> Dump:
         if isinstance(told, TensorStorageMetadata)
     }
     configs = [place / CONFIG for place in (folder, beside) if (place / CONFIG).is_file()]
-    config = read_json(configs[0])[1] if configs else {}
-    return Dump(folder, config, infos, Reader(folder))
+    config_text, config = read_json(configs[0]) if configs else ("", {})
+    return Dump(folder, config_text, config, infos, Reader(folder))
 
 
 def _torch_dtypes() -> Mapping[str, Any]:
@@ -216,127 +208,3 @@ def _read_metadata(path: Path) -> Any:
         raise FormatError("not a torch.distributed.checkpoint", file=str(path))
     metadata.storage_meta = metadata.storage_meta or StorageMeta()
     return metadata
-
-
-# ---------------------------------------------------------------- names
-
-
-@dataclass(frozen=True, slots=True)
-class Matching:
-    """Which trained tensor is which grown one; heads that were added because they are tied; what does not fit."""
-
-    names: Mapping[str, str]  # grown -> trained
-    heads: Mapping[str, str]  # trained -> the grown tensor that it is a copy of
-    findings: tuple[Finding, ...]
-    notes: tuple[str, ...]
-
-
-def match(grown: Checkpoint, manifest: Manifest, trained: Tensors) -> Matching:
-    """Find every grown tensor among the trained ones. Raises RequestError for the names of an unmerged LoRA."""
-    if any(".lora_" in name for name in trained.infos):
-        raise _unmerged(trained.folder)
-    known = _known(grown, manifest)
-    shift = _shift(known, manifest, [plain(name) for name in trained.infos])
-    names: dict[str, str] = {}
-    findings, others = [], []
-    for name in trained.infos:
-        found = known.get(shift.of(plain(name))) or known.get(plain(name))
-        if found in names:
-            findings.append(Finding(name, f"it and {names[found]} are both {found}"))
-        elif found is not None:
-            names[found] = name
-        else:
-            others.append(name)
-    heads = _heads(grown, manifest, names, others)
-    strangers = [name for name in others if name not in heads and name not in names.values()]
-    beside = [n for n in strangers if isinstance(trained, Dump) and n.partition(".")[0] in _STATE]
-    findings += [Finding(name, _stranger(name)) for name in strangers if name not in beside]
-    dropped = {name for name in grown.infos if name not in names and _is_tied(grown, manifest, name)}
-    findings += [Finding(n, "it is missing") for n in grown.infos if n not in names and n not in dropped]
-    return Matching(names, heads, tuple(findings), tuple(_notes(shift, heads, dropped, beside)))
-
-
-@dataclass(frozen=True, slots=True)
-class _Shift:
-    """One prefix that all trained names have too much or too little."""
-
-    drop: str = ""
-    add: str = ""
-
-    def of(self, name: str) -> str:
-        return self.add + name.removeprefix(self.drop) if name.startswith(self.drop) else name
-
-
-def plain(name: str, wrappers: frozenset[str] = WRAPPERS) -> str:
-    """The name without what wrappers put into it."""
-    return ".".join(part for part in name.split(".") if part not in wrappers)
-
-
-def _known(grown: Checkpoint, manifest: Manifest) -> dict[str, str]:
-    """Every name, on disk and in memory, under which a grown tensor may come back; those on disk come first."""
-    family = FAMILIES.get(manifest.family)
-    known = {plain(name): name for name in grown.infos} | {name: name for name in grown.infos}
-    for name in grown.infos:
-        memory = manifest.in_memory_names.get(name) or (in_memory_name(family, name) if family else name)
-        known.setdefault(memory, name)
-    return known
-
-
-def _shift(known: Mapping[str, str], manifest: Manifest, names: list[str]) -> _Shift:
-    """The prefix under which most names are known, looked for on one tensor that must be there."""
-    probe = manifest.trainable[0].name
-    forms = [form for form, name in known.items() if name == probe]
-    shifts = [_Shift()]
-    for form in forms:
-        shifts += [_Shift(drop=name.removesuffix(form)) for name in names if name.endswith("." + form)]
-        shifts += [_Shift(add=form.removesuffix(name)) for name in names if form.endswith("." + name)]
-    return max(dict.fromkeys(shifts), key=lambda shift: sum(shift.of(name) in known for name in names))
-
-
-def _heads(grown: Checkpoint, manifest: Manifest, names: dict[str, str], others: list[str]) -> dict[str, str]:
-    """Heads among the unknown names: the grown one under another prefix, or a copy of what they are tied to.
-
-    Where only the head is left of two tied tensors, it stands for the other one: then it is entered in `names`.
-    """
-    own = [name for name in grown.infos if ends_in(name, HEAD) and name not in names]
-    heads: dict[str, str] = {}
-    for name in others:
-        tied = [owner for head, owner in manifest.ties.items() if ends_in(plain(name), head)]
-        if ends_in(plain(name), HEAD) and len(own) == 1 and own[0] not in names:
-            names[own[0]] = name
-        elif tied and tied[0] not in names:
-            names[tied[0]] = name
-        elif tied:
-            heads[name] = tied[0]
-    return heads
-
-
-def _is_tied(grown: Checkpoint, manifest: Manifest, name: str) -> bool:
-    """Whether a tensor may be left out because the model ties it to another one with the same bytes."""
-    family = FAMILIES.get(manifest.family)
-    if family is None or not ends_in(name, HEAD):
-        return False
-    rest = {other: info for other, info in grown.infos.items() if other != name}
-    owner = ties(grown.config, family, rest).get(HEAD)
-    if owner is None or (grown.infos[owner].dtype, grown.infos[owner].shape) != (
-        grown.infos[name].dtype,
-        grown.infos[name].shape,
-    ):
-        return False
-    one, other = grown.bits(name).reshape(-1), grown.bits(owner).reshape(-1)
-    return all(bool((one[i : i + (1 << 20)] == other[i : i + (1 << 20)]).all()) for i in range(0, len(one), 1 << 20))
-
-
-def _stranger(name: str) -> str:
-    if ".parametrizations." in name:
-        return "a parametrization stands in its place: remove_parametrizations before saving"
-    return "the grown checkpoint has no such tensor"
-
-
-def _notes(shift: _Shift, heads: Mapping[str, str], dropped: set[str], beside: list[str]) -> Iterator[str]:
-    if shift.drop or shift.add:
-        yield f"all names have {shift.drop or shift.add!r} too {'much' if shift.drop else 'little'} in front"
-    yield from (f"{name} was added: it is tied to {owner}" for name, owner in heads.items())
-    yield from (f"{name} was dropped: it is tied" for name in sorted(dropped))
-    if beside:
-        yield f"{len(beside):,} tensors beside the model (optimizer state) were not looked at"

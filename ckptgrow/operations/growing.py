@@ -12,14 +12,13 @@ from pathlib import Path
 from ckptgrow import equivalence, surgery
 from ckptgrow.card import card, licence
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, open_checkpoint
-from ckptgrow.config import set_value
 from ckptgrow.errors import FamilyError, FormatError, PlanError
 from ckptgrow.execute import write_shards
 from ckptgrow.families import Architecture, locate, ties
 from ckptgrow.hub import Origin, fetch, preview
 from ckptgrow.layers import chosen, ranked
 from ckptgrow.layout import INDEX, Layout, lay
-from ckptgrow.manifest import CONFIG_KEY, Grown, Manifest, describe, history, identify, read_mask
+from ckptgrow.manifest import Grown, Manifest, describe, grown_config, history, identify, read_mask
 from ckptgrow.policy import ShareChoice, said
 from ckptgrow.progress import Meter, Progress, silent
 from ckptgrow.proof import prove, prove_marks
@@ -279,10 +278,7 @@ def _write_rest(job: _Job, staging: Staging, inexact: int) -> Manifest:
     if job.layout.index is not None:
         staging.put(INDEX, job.layout.index)
     staging.put(MANIFEST, manifest.text())
-    config = base.config_text
-    for edit in job.proposal.plan.config:
-        config = set_value(config, edit.path, edit.value)
-    staging.put(CONFIG, set_value(config, CONFIG_KEY, manifest.config_entry(job.architecture.width_path)))
+    staging.put(CONFIG, grown_config(base.config_text, job.proposal.plan, manifest, job.architecture.width_path))
     return manifest
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ckptgrow.drift import CAUSES, Audit, Drift
+from ckptgrow.drift import Audit, Drift
 from ckptgrow.equivalence import SHOWN
 from ckptgrow.report.lines import row
+from ckptgrow.traces import CAUSES
 
 
 def audit(seen: Audit) -> str:

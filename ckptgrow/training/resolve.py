@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ckptgrow.checkpoint import MANIFEST
 from ckptgrow.errors import CkptgrowError, FormatError
 from ckptgrow.manifest import CONFIG_KEY, Manifest, Trainable, load_manifest
-from ckptgrow.trained import WRAPPERS, plain
+from ckptgrow.matching import WRAPPERS, plain
 from ckptgrow.training.cut import Cut, cut_of
 
 _LEADING = re.compile(r"^(?:base_model\.model\.)?(?:model\.(?=model\.))*")

@@ -1,0 +1,168 @@
+"""The grown checkpoint that a training started from: its own folder, or made anew from the base and the manifest.
+
+A folder is the grown checkpoint where its config.json names the manifest's digest. Otherwise it must be the base that
+the manifest describes, and then the same Plan is made again and each tensor filled in memory when it is asked for, so
+that no grown folder need exist. Refused: any other folder, a manifest that the trained checkpoint does not name, a
+growth that comes out otherwise than the manifest says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ckptgrow.checkpoint import CONFIG, MANIFEST, Bits, Checkpoint, Tensors, digest_of, open_checkpoint
+from ckptgrow.errors import CkptgrowError, FormatError, RequestError
+from ckptgrow.execute import made
+from ckptgrow.families import locate
+from ckptgrow.manifest import Manifest, grown_config, growth_of, history, identify, load_manifest, named_in, read_mask
+from ckptgrow.plan import Output
+from ckptgrow.surgery import BASE, expand
+from ckptgrow.tensors import TensorInfo
+from ckptgrow.trained import Trained
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The grown checkpoint and its manifest. `files` is the folder whose shards, index and other files it shares."""
+
+    tensors: Tensors
+    config_text: str
+    manifest: Manifest
+    manifest_text: bytes
+    files: Checkpoint
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        config: Mapping[str, Any] = json.loads(self.config_text)
+        return config
+
+
+@dataclass(frozen=True)
+class Regrown:
+    """A growth that lies on no disk: each tensor is made from the base when it is asked for."""
+
+    base: Checkpoint
+    outputs: Mapping[str, Output]
+
+    @cached_property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return {name: output.info for name, output in self.outputs.items()}
+
+    def bits(self, name: str) -> Bits:
+        """The whole tensor: in memory where the growth changed it, mapped from the base's file where not."""
+        output = self.outputs[name]
+        if output.is_copy_of(self.base.infos[name], BASE):
+            return self.base.bits(name)
+        return made(output, {BASE: self.base})
+
+
+def open_reference(folder: Path, trained: Trained, manifest: Path | None = None) -> Reference:
+    """What `trained` started from: `folder` is that checkpoint, or its base; `manifest` a file or a folder that has it.
+
+    Raises CkptgrowError where folder, manifest and trained checkpoint do not belong together.
+    """
+    opened = open_checkpoint(folder)
+    history(opened)  # raises where its own manifest is another checkpoint's
+    path = _found(folder, trained, manifest)
+    described = load_manifest(path)
+    text = path.read_bytes()
+    notes = tuple(_belonging(trained, text, path))
+    if named_in(opened.config) == digest_of(text):
+        _check_described(opened, described)
+        return Reference(opened, opened.config_text, described, text, opened, notes)
+    reason = _unlike(opened, described)
+    if reason:
+        raise RequestError(
+            f"it is neither the grown checkpoint that {path} describes, since its {CONFIG} does not name it, nor the"
+            f" base of that growth: {reason}",
+            file=str(folder),
+            hint="Give the folder that ckptgrow expand wrote, or the one that it grew.",
+        )
+    regrown = _regrown(opened, described, text, path)
+    said = f"{MANIFEST} has no digest of the base's weights: were they others, all would have moved"
+    return replace(regrown, notes=(*notes, f"made anew from {folder} by {path}", said))
+
+
+def _found(folder: Path, trained: Trained, manifest: Path | None) -> Path:
+    """The manifest's file: the one asked for, the one that the trained checkpoint names, the one of the folder."""
+    if manifest is not None:
+        return manifest / MANIFEST if manifest.is_dir() else manifest
+    places = (folder, trained.folder, trained.folder.parent)
+    paths = [place / MANIFEST for place in places if (place / MANIFEST).is_file()]
+    named = [path for path in paths if digest_of(path.read_bytes()) == named_in(trained.config)]
+    if named or (paths and paths[0].parent == folder):
+        return (named or paths)[0]
+    if paths and paths[0].parent == trained.folder:
+        raise RequestError(
+            f"its {CONFIG} does not name it, so it may belong to another growth",
+            file=str(paths[0]),
+            hint="If it is the right one, give it with --manifest.",
+        )
+    raise RequestError(
+        f"it has no {MANIFEST}, and neither has {trained.folder}",
+        file=str(folder),
+        hint="Give the folder that ckptgrow expand wrote, or --manifest FILE: it says which elements train.",
+    )
+
+
+def _belonging(trained: Trained, text: bytes, path: Path) -> Iterator[str]:
+    """Whether the trained checkpoint names this manifest. Raises RequestError where it names another."""
+    named = named_in(trained.config)
+    if named is None:
+        yield f"{trained.folder} does not say in its {CONFIG} which growth it comes from"
+    elif named != digest_of(text):
+        raise RequestError(
+            f"its {CONFIG} names another {MANIFEST} than {path}",
+            file=str(trained.folder),
+            hint="Give the grown checkpoint that this training started from.",
+        )
+
+
+def _check_described(grown: Checkpoint, manifest: Manifest) -> None:
+    for tensor in manifest.trainable:
+        info = grown.infos.get(tensor.name)
+        if info is None or (info.shape, info.dtype) != (tensor.shape, tensor.dtype):
+            raise FormatError(
+                f"the manifest describes it as {tensor.dtype} {list(tensor.shape)}",
+                file=str(grown.folder),
+                tensor=tensor.name,
+            )
+
+
+def _unlike(opened: Checkpoint, manifest: Manifest) -> str | None:
+    """Why a folder is not the base that a manifest describes; None where it is."""
+    base, shards = manifest.base, identify(opened, "", None).shards
+    earlier = [entry["base"] for entry in manifest.history if "base" in entry]
+    if any((entry["shards"], entry["config"]) == (shards, opened.config_text) for entry in earlier):
+        return f"it is the base of an earlier one, and what was trained in between is only in {base.id}"
+    differing = sorted(file for file in shards.keys() | base.shards.keys() if shards.get(file) != base.shards.get(file))
+    if differing:
+        return f"{differing[0]} is not {base.id}'s (another size or header)"
+    return f"{CONFIG} is not {base.id}'s" if opened.config_text != base.config else None
+
+
+def _regrown(base: Checkpoint, manifest: Manifest, text: bytes, path: Path) -> Reference:
+    """The growth made again. Raises FormatError where it does not come out as the manifest says."""
+    try:
+        growth = growth_of(manifest)
+        architecture = locate(base.config, base.infos)
+        plan = expand(base.infos, architecture, growth)
+    except CkptgrowError as error:
+        raise error.at(file=str(path)) from None
+    mask = read_mask(plan, base, architecture, growth)
+    said = (manifest.blocks, manifest.trainable, manifest.counts, manifest.digest)
+    if (mask.blocks, mask.trainable, mask.counts, digest_of(text)) != said:
+        raise FormatError(
+            "growing the base again does not give what it describes: it was edited, or written by another version",
+            file=str(path),
+            hint="Give the grown checkpoint itself instead of its base.",
+        )
+    config = grown_config(base.config_text, plan, manifest, architecture.width_path)
+    outputs = {output.name: output for output in plan.outputs}
+    return Reference(Regrown(base, outputs), config, manifest, text, base)
