@@ -213,7 +213,10 @@ def named_in(config: Mapping[str, Any]) -> str | None:
 def growth_of(manifest: Manifest) -> Growth:
     """The growth that a manifest describes, to be made again. Raises CkptgrowError for one that is not to be had."""
     asked, seed = manifest.shares.get("asked", "auto"), manifest.shares.get("seed", 0)
-    return Growth(width=manifest.blocks[0].new_width, policy=manifest.policy, shares=asked, seed=seed)
+    layers = tuple(sorted({block.layer for block in manifest.blocks if not block.filled}))
+    some = layers if any(block.filled for block in manifest.blocks) else None
+    width = manifest.blocks[0].new_width
+    return Growth(width=width, policy=manifest.policy, shares=asked, seed=seed, layers=some)
 
 
 def grown_config(text: str, plan: Plan, manifest: Manifest, width_path: str) -> str:

@@ -32,6 +32,7 @@ GROWTHS: list[dict[str, object]] = [
     {"width": 17, "shares": "random", "seed": 3},
     {"factor": 4, "policy": "g-train"},
     {"factor": 3, "policy": "down", "shares": "even"},
+    {"factor": 2, "layers": "1"},
 ]
 
 
