@@ -6,6 +6,7 @@ The verbs of the command line, with the same words:
     expand(src, out, ...)   grow it; `plan_expand` says what that would do
     verify(base, grown)     are they the same function?
     audit(grown, trained)   did training leave the frozen part alone?
+    mask(grown, format)     what trains, in a trainer's own words
 
 Names are imported when they are first used, so that `ckptgrow --help` starts at once.
 """
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
         PlanError,
         RequestError,
     )
-    from ckptgrow.operations import audit, expand, inspect, plan_expand, verify
-    from ckptgrow.results import Expansion, Inspection, Proposal, Verification
+    from ckptgrow.operations import audit, expand, inspect, mask, plan_expand, verify
+    from ckptgrow.results import Expansion, Inspection, Mask, Proposal, Verification
 
 __all__ = [
     "Audit",
@@ -37,6 +38,7 @@ __all__ = [
     "FormatError",
     "HubError",
     "Inspection",
+    "Mask",
     "OutputError",
     "PlanError",
     "Proposal",
@@ -46,6 +48,7 @@ __all__ = [
     "audit",
     "expand",
     "inspect",
+    "mask",
     "plan_expand",
     "verify",
 ]

@@ -1,7 +1,8 @@
 """The executor: streams the bytes of any Plan into the files of its Layout, in bounded memory.
 
-A part that is a source's bytes is copied inside the kernel where its bytes are contiguous. Everything else goes in
-blocks of a few MiB: whole slices along the axis where they are small, stretches of one slice where they are large.
+A part that is a source's bytes is copied inside the kernel where its bytes are contiguous, and an output of nothing but
+zeros is a hole in the file. Everything else goes in blocks of a few MiB: whole slices along the axis where they are
+small, stretches of one slice where they are large.
 Sources are mapped, so anonymous memory holds a few blocks for each thread (one a shard) and nothing else.
 """
 
@@ -127,6 +128,9 @@ def write_output(target: BinaryIO, output: Output, sources: Sources, progress: P
         for path, offset, nbytes in runs:
             copy_bytes(path, offset, nbytes, target, progress)
         return 0
+    if all(part.is_zero for part in output.parts):
+        _leave_hole(target, output.info.nbytes, progress)
+        return 0
     inexact, held = 0, {name: _Held(source) for name, source in sources.items()}
     for block in blocks(output):
         data, odd = _filled(output, block, held)
@@ -202,8 +206,10 @@ def _filled(output: Output, block: Block, sources: Sources) -> tuple[Bits, int]:
 
 
 def _summed(output: Output, part: Part, rows: range, picked: slice, sources: Sources) -> tuple[Bits | int, int]:
-    """One part, or some of its places: zeros, bytes, one share, or a sum made in float64 and rounded once."""
+    """One part, or some of its places: a value, bytes, one share, or a sum made in float64 and rounded once."""
     inexact, total = 0, None
+    if part.fill:
+        return encode(np.array([part.fill]), output.dtype), 0
     for term in part.terms:
         piece = _Piece(term, rows, picked, output.axis, sources[term.source])
         bits, dtype = piece.bits(), piece.dtype
@@ -260,6 +266,15 @@ class _Piece:
             return betas(key, first, len(picked) * inner).reshape(1, len(picked), inner)
         whole = betas(key, self.rows.start * units * inner, len(self.rows) * units * inner)
         return self._pick(whole.reshape(len(self.rows), units, inner))
+
+
+def _leave_hole(target: BinaryIO, nbytes: int, progress: Progress) -> None:
+    """Zeros that are not written: a file reads as zeros where nothing was."""
+    stop = target.tell() + nbytes
+    if target.seek(0, os.SEEK_END) < stop:
+        target.truncate(stop)
+    target.seek(stop)
+    progress(nbytes)
 
 
 def copy_bytes(path: Path, offset: int, nbytes: int, target: BinaryIO, progress: Progress) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ckptgrow.checkpoint import MANIFEST, Checkpoint, digest_of
 from ckptgrow.config import set_value
-from ckptgrow.errors import FormatError
+from ckptgrow.errors import FormatError, RequestError
 from ckptgrow.families import Architecture, Mlp, in_memory_name, ties
 from ckptgrow.plan import Output, Plan
 from ckptgrow.policy import Box, boxes, kinds, rule_for
@@ -235,6 +235,35 @@ def load_manifest(path: Path) -> Manifest:
         raise FormatError(f"it cannot be read ({error.strerror})", file=str(path)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"not a ckptgrow manifest ({error!r})", file=str(path)) from None
+
+
+def manifest_of(grown: Checkpoint) -> Manifest:
+    """The manifest in a grown checkpoint's folder, held against its config and headers.
+
+    Raises RequestError where there is none, and FormatError where it is another checkpoint's.
+    """
+    if not (grown.folder / MANIFEST).is_file():
+        raise RequestError(
+            f"it has no {MANIFEST}: this works with the grown checkpoint, not with its base",
+            file=str(grown.folder),
+            hint="Give the folder that ckptgrow expand wrote; the same expand of the base writes the same bytes again.",
+        )
+    history(grown)
+    manifest = load_manifest(grown.folder)
+    check_described(grown, manifest)
+    return manifest
+
+
+def check_described(grown: Checkpoint, manifest: Manifest) -> None:
+    """Raise FormatError where a trainable tensor is not in the checkpoint as the manifest describes it."""
+    for tensor in manifest.trainable:
+        info = grown.infos.get(tensor.name)
+        if info is None or (info.shape, info.dtype) != (tensor.shape, tensor.dtype):
+            raise FormatError(
+                f"the manifest describes it as {tensor.dtype} {list(tensor.shape)}",
+                file=str(grown.folder),
+                tensor=tensor.name,
+            )
 
 
 def along(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> tuple[int, tuple[tuple[int, int], ...]]:

@@ -2,7 +2,7 @@
 
     Plan    = Outputs + changes to config.json
     Output  = Parts laid end to end along one axis
-    Part    = a sum of Terms (none: zeros), `grown` where it holds new units
+    Part    = a sum of Terms, or one value throughout where there are none; `grown` where it holds new units
     Term    = scale x share of some units, picked along the same axis, of a tensor of a source
     Share   = the index-th of `count` shares that add up to the weight exactly (METHOD.md 2)
 
@@ -66,16 +66,22 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`size` consecutive places along the axis: the sum of `terms`, or zeros where there are none."""
+    """`size` consecutive places along the axis: the sum of `terms`, or where there are none the value `fill`."""
 
     size: int
     terms: tuple[Term, ...] = ()
     grown: bool = False
+    fill: float = 0.0
 
     @property
     def bytes_of(self) -> Term | None:
         """The one term whose bytes this part is, if it is a plain copy (where the dtypes agree)."""
         return self.terms[0] if len(self.terms) == 1 and self.terms[0].is_bytes else None
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing but zeros is in it, whatever the sources hold."""
+        return not self.terms and not self.fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +215,8 @@ def _check_output(output: Output, sources: Sources) -> None:
     for part in output.parts:
         if part.size < 0:
             raise PlanError(f"a part of size {part.size}")
+        if part.terms and part.fill:
+            raise PlanError("a part is a sum of terms or a value throughout, not both")
         for term in part.terms:
             _check_term(output, part, term, sources)
 
@@ -244,7 +252,8 @@ def _output_json(output: Output) -> dict[str, Any]:
 
 
 def _part_json(part: Part) -> dict[str, Any]:
-    return {"size": part.size, "grown": part.grown, "terms": [_term_json(term) for term in part.terms]}
+    described = {"size": part.size, "grown": part.grown, "terms": [_term_json(term) for term in part.terms]}
+    return described | ({"fill": part.fill} if part.fill else {})
 
 
 def _term_json(term: Term) -> dict[str, Any]:

@@ -145,6 +145,8 @@ def _prove_shares(down: Output, runs: tuple[Run, ...], units: int) -> None:
     for start, part in down.placed():
         if len(part.terms) > 1:
             raise PlanError("a sum of shares may be rounded when it is written")
+        if part.fill:
+            raise PlanError(f"columns that hold {part.fill} throughout are no shares")
         for term in part.terms:
             if term.name != down.name:
                 raise PlanError(f"a share of another tensor, {term.name}")

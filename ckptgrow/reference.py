@@ -19,7 +19,17 @@ from ckptgrow.checkpoint import CONFIG, MANIFEST, Bits, Checkpoint, Tensors, dig
 from ckptgrow.errors import CkptgrowError, FormatError, RequestError
 from ckptgrow.execute import made
 from ckptgrow.families import locate
-from ckptgrow.manifest import Manifest, grown_config, growth_of, history, identify, load_manifest, named_in, read_mask
+from ckptgrow.manifest import (
+    Manifest,
+    check_described,
+    grown_config,
+    growth_of,
+    history,
+    identify,
+    load_manifest,
+    named_in,
+    read_mask,
+)
 from ckptgrow.plan import Output
 from ckptgrow.surgery import BASE, expand
 from ckptgrow.tensors import TensorInfo
@@ -74,7 +84,7 @@ def open_reference(folder: Path, trained: Trained, manifest: Path | None = None)
     text = path.read_bytes()
     notes = tuple(_belonging(trained, text, path))
     if named_in(opened.config) == digest_of(text):
-        _check_described(opened, described)
+        check_described(opened, described)
         return Reference(opened, opened.config_text, described, text, opened, notes)
     reason = _unlike(opened, described)
     if reason:
@@ -122,17 +132,6 @@ def _belonging(trained: Trained, text: bytes, path: Path) -> Iterator[str]:
             file=str(trained.folder),
             hint="Give the grown checkpoint that this training started from.",
         )
-
-
-def _check_described(grown: Checkpoint, manifest: Manifest) -> None:
-    for tensor in manifest.trainable:
-        info = grown.infos.get(tensor.name)
-        if info is None or (info.shape, info.dtype) != (tensor.shape, tensor.dtype):
-            raise FormatError(
-                f"the manifest describes it as {tensor.dtype} {list(tensor.shape)}",
-                file=str(grown.folder),
-                tensor=tensor.name,
-            )
 
 
 def _unlike(opened: Checkpoint, manifest: Manifest) -> str | None:

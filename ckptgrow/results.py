@@ -119,3 +119,19 @@ class Expansion:
             "manifest": self.manifest.digest,
             "verification": self.verification.to_json() if self.verification else None,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """A freeze mask in some format: its text (None: it is a checkpoint), where it was written, and what trains."""
+
+    grown: str
+    format: str
+    text: str | None
+    out: Path | None
+    tensors: int
+    trainable: int
+    frozen: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out) if self.out is not None else None}

@@ -188,6 +188,22 @@ class Staging:
                 path.unlink()
 
 
+def write_new(out: Path, text: str) -> None:
+    """Write a new small file, whole or not at all. Raises OutputError where something is there already."""
+    temporary = partial(out)
+    for path in (out, temporary):
+        if path.is_symlink() or path.exists():
+            raise OutputError("it exists", file=str(path), hint="Give a new name, or remove it.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        _sync(temporary)
+        temporary.rename(out)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def _sync(path: Path) -> None:
     """Flush a file, or a folder's entries, to disk, where the system can."""
     with suppress(OSError):

@@ -176,7 +176,7 @@ def test_any_plan_equals_numpy(
 
 @st.composite
 def a_part(draw: st.DrawFn, extent: int) -> Part:
-    """Zeros, or up to two terms over a range or a list of units."""
+    """Zeros, a value, or up to two terms over a range or a list of units."""
     start = draw(st.integers(0, extent - 1))
     stop = draw(st.integers(start + 1, extent))
     units = draw(st.one_of(st.just(range(start, stop)), st.permutations(range(start, stop)).map(tuple)))
@@ -186,13 +186,13 @@ def a_part(draw: st.DrawFn, extent: int) -> Part:
     terms = tuple(
         Term("base", "extra", units, draw(st.sampled_from([1.0, -0.5])), share) for _ in range(draw(st.integers(0, 2)))
     )
-    return Part(len(units), terms)
+    return Part(len(units), terms, fill=0.0 if terms else draw(st.sampled_from([0.0, 1.0, -0.5])))
 
 
 def evaluated(part: Part, weights: torch.Tensor, dtype: str, axis: int) -> Any:
     """A part computed on the whole array at once."""
     values = weights.double().numpy()
-    total = np.zeros((*values.shape[:axis], part.size, *values.shape[axis + 1 :]))
+    total = np.full((*values.shape[:axis], part.size, *values.shape[axis + 1 :]), part.fill)
     for term in part.terms:
         shared = whole_share(values, dtype, term.share) if term.share else values
         total = total + np.take(shared, list(term.units), axis) * term.scale

@@ -64,12 +64,13 @@ def test_a_share_says_what_it_is() -> None:
 
 
 def test_a_good_plan_is_accepted() -> None:
-    """Ranges, picked units, sums, zeros, scalars and other axes all have their place."""
+    """Ranges, picked units, sums, zeros, values, scalars and other axes all have their place."""
     summed = Part(2, (rows(0, 2, scale=0.5), term(2, 3, share=Share(0, 2))))
     Plan(
         (
             GOOD,
             of(summed, Part(4), name="summed"),
+            of(Part(2), Part(4, fill=1.0), name="ones"),
             unchanged(SCALAR),
             Output("across", "F32", (4, 2), 1, (Part(2, (term(2, 0),)),)),
             of(Part(0, (rows(2, 2),)), shape=(0, 3), name="none"),
@@ -95,6 +96,7 @@ BAD: dict[str, tuple[Output, str]] = {
     "pick before the start": (of(Part(6, (term(0, 1, -1, 0, 0, 0),))), "outside the 4 of wide"),
     "range with a step": (of(Part(2, (rows(0, 2, units=range(0, 4, 2)),)), Part(4)), "must be contiguous"),
     "range backwards": (of(Part(4, (rows(0, 2, units=range(3, -1, -1)),)), Part(2)), "must be contiguous"),
+    "terms and a value": (of(Part(4, (rows(0, 4),), fill=1.0), Part(2)), "not both"),
     "part of negative size": (of(Part(-2), Part(4, (rows(0, 4),)), Part(4)), "size"),
 }
 
@@ -343,6 +345,8 @@ def _share(**changes: Any) -> Plan:
         _part(size=2),
         _part(grown=False),
         _part(terms=()),
+        _part(terms=(), fill=1.0),
+        _part(terms=(), fill=0.5),
         _term(source="skill"),
         _term(name="mlp.up"),
         _term(units=range(2, 3)),

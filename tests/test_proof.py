@@ -120,6 +120,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, Change, str]] = {
     "half of everything": ({}, DOWN, terms(0, scale=0.5, share=None), "do not add up"),
     "a scale on a share": ({}, DOWN, terms(1, scale=0.5), "do not add up"),
     "a scale of minus one": ({}, DOWN, terms(0, scale=-1.0), "do not add up"),
+    "ones for a part": ({}, DOWN, parts(lambda p: p.__setitem__(1, Part(4, (), True, 1.0))), "are no shares"),
     "zeros for a part": ({}, DOWN, parts(lambda p: p.__setitem__(1, Part(4, (), True))), "do not add up"),
     "a share too many": (
         {},

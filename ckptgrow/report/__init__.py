@@ -3,5 +3,6 @@
 from ckptgrow.report.auditing import audit
 from ckptgrow.report.growing import expansion, inspection, proposal, verification
 from ckptgrow.report.lines import size
+from ckptgrow.report.masking import mask
 
-__all__ = ["audit", "expansion", "inspection", "proposal", "size", "verification"]
+__all__ = ["audit", "expansion", "inspection", "mask", "proposal", "size", "verification"]

@@ -29,6 +29,8 @@ _GUARD = "Call handle.guard(optimizer), or switch that off for the masked tensor
 class MaskHandle(Handle):
     """A model whose gradients are masked while they are made, so before any clipping."""
 
+    decays: tuple[str, ...] = _DECAYS
+
     def _install(self) -> None:
         self._hooks: list[RemovableHandle] = []
         self._fired: set[str] = set()
@@ -103,7 +105,7 @@ class MaskHandle(Handle):
             return
         masked = {id(held): (target.name, cut) for target, held, cut in self._masked()}
         for group in optimizer.param_groups:
-            decays = [f"{key}={group[key]}" for key in _DECAYS if group.get(key)]
+            decays = [f"{key}={group[key]}" for key in self.decays if group.get(key)]
             for parameter in (p for p in group["params"] if id(p) in masked):
                 name, cut = masked[id(parameter)]
                 if decays:

@@ -1,0 +1,108 @@
+"""What all dialects speak of: the trainable tensors of one grown checkpoint, and where it lies."""
+
+from __future__ import annotations
+
+import string
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ckptgrow.manifest import Manifest, Trainable, along
+
+_SAFE_START = (*string.ascii_letters, "/", ".")
+Spans = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """One tensor of which something trains, by its name in a transformers model: ranges along one axis."""
+
+    tensor: Trainable
+    name: str
+    axis: int
+    spans: Spans
+
+    @property
+    def whole(self) -> bool:
+        return self.spans == ((0, self.tensor.shape[self.axis]),)
+
+    @property
+    def is_bias(self) -> bool:
+        return len(self.tensor.shape) == 1
+
+    @property
+    def frozen(self) -> int:
+        """How many of its elements are frozen."""
+        size = self.tensor.shape[self.axis]
+        moving = sum(stop - start for start, stop in self.spans)
+        return self.tensor.elements // max(1, moving) * (size - moving)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A grown checkpoint: as the user named it, its folder, its manifest, and the names of all tensors in memory."""
+
+    id: str
+    revision: str | None
+    folder: Path
+    manifest: Manifest
+    names: tuple[str, ...]
+
+    @cached_property
+    def trained(self) -> tuple[Trained, ...]:
+        """In the order of the layers."""
+        found = (_trained(tensor, self.manifest) for tensor in self.manifest.trainable)
+        return tuple(sorted(found, key=lambda one: (one.tensor.layer, one.name)))
+
+    @property
+    def frozen_names(self) -> tuple[str, ...]:
+        """The tensors of which nothing trains."""
+        moving = {trained.name for trained in self.trained}
+        return tuple(name for name in self.names if name not in moving)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers in which something trains."""
+        return tuple(sorted({trained.tensor.layer for trained in self.trained}))
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are."""
+        return 1 + max(block.layer for block in self.manifest.blocks)
+
+    @property
+    def model(self) -> str:
+        """The checkpoint as trainers take it."""
+        return self.id.partition("@")[0] if self.revision else self.id
+
+    def counted(self) -> str:
+        """What trains, in a few words."""
+        counts = self.manifest.counts
+        return (
+            f"policy {self.manifest.policy}: {counts.trainable:,} elements train"
+            f" ({counts.trainable_share_of_base:.1%} of the base), {counts.frozen:,} are frozen"
+        )
+
+
+def _trained(tensor: Trainable, manifest: Manifest) -> Trained:
+    axis, spans = along(tensor.shape, tensor.boxes)
+    return Trained(tensor, manifest.in_memory_names.get(tensor.name, tensor.name), axis, spans)
+
+
+def roles(trained: tuple[Trained, ...]) -> str:
+    """How many tensors of which kind: `18 gate, 18 up`."""
+    found = Counter(one.tensor.role for one in trained)
+    return ", ".join(f"{count} {role}" for role, count in found.items())
+
+
+def commented(text: str) -> Iterator[str]:
+    """Lines of a comment in YAML, Python and plain lists."""
+    yield from (f"# {line}".rstrip() for line in text.strip().splitlines())
+
+
+def quoted(text: str) -> str:
+    """A YAML string; a plain one where nothing in it could be misread."""
+    plain = all(character.isalnum() or character in "/._-" for character in text) and text[:1] in _SAFE_START
+    return text if plain else "'" + text.replace("'", "''") + "'"
