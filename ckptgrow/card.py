@@ -72,10 +72,9 @@ def _done(manifest: Manifest) -> Iterator[str]:
 def _which(manifest: Manifest) -> str:
     """Which layers were widened, from which width to which."""
     grown = [block for block in manifest.blocks if not block.filled]
-    layers = f"its {len(grown)} layers"
-    if len(grown) < len(manifest.blocks):
-        layers = f"layers {spelled(sorted({block.layer for block in grown}))}"
-    return f"{layers} widened from {grown[0].old_width:,} to {grown[0].new_width:,} units"
+    layers = f"its {len(grown)} layers" if manifest.layers is None else f"layers {spelled(manifest.layers)}"
+    steps = dict.fromkeys(f"from {block.old_width:,} to {block.new_width:,}" for block in grown)
+    return f"{layers} widened {', '.join(steps)} units"
 
 
 def _train(manifest: Manifest) -> Iterator[str]:

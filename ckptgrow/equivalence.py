@@ -90,7 +90,7 @@ def proved(base: Checkpoint, grown: Checkpoint, architecture: Architecture, prog
     with _pool() as pool:
         results = list(pool.map(lambda mlp: _prove(base, grown, mlp, progress), architecture.mlps))
     findings = [finding for result in results for finding in result.findings]
-    findings += _config_width(grown, architecture, {result.width for result in results if result.width})
+    findings += _config_widths(grown, architecture, [result.width for result in results])
     error = max(result.error for result in results)
     units, copies = sum(mlp.width for mlp in architecture.mlps), sum(result.width for result in results)
     zero = sum(result.zero for result in results)
@@ -164,11 +164,14 @@ def _config_unclear(base: Checkpoint, grown: Checkpoint, architecture: Architect
         yield Finding("config.json", f"{key} stands only in {where}: the other has a default that is not written here")
 
 
-def _config_width(grown: Checkpoint, architecture: Architecture, widths: set[int]) -> Iterator[Finding]:
-    """The config must say the width that all tensors have, or nobody can load them."""
+def _config_widths(grown: Checkpoint, architecture: Architecture, widths: list[int]) -> Iterator[Finding]:
+    """The config must say the widths that the tensors have, or nobody can load them (0: one that could not be read)."""
     says = scoped(grown.config, architecture.family).get(architecture.family.width)
-    if widths and widths != {says} and not (says is None and widths == {architecture.width}):
-        found = ", ".join(str(width) for width in sorted(widths))
+    known = [(mlp, width) for mlp, width in zip(architecture.mlps, widths, strict=True) if width]
+    if says is None and all(width == mlp.width for mlp, width in known):
+        return
+    if any(architecture.told(says, mlp) != width for mlp, width in known):
+        found = ", ".join(str(width) for width in sorted({width for _, width in known}))
         yield Finding("config.json", f"{architecture.width_path} is {says!r}, but the tensors have width {found}")
 
 

@@ -78,6 +78,8 @@ class Family:
     hidden: str = "hidden_size"
     activation: str = "hidden_act"
     default_activation: str = "silu"  # where the config does not say
+    listed: bool = False  # the width may be a list, a number for each layer
+    statistics: bool = False  # it takes statistics over the width, so every unit must come equally often
     norm_after: bool = False  # a norm follows the MLP: outputs cannot see the scale of down (METHOD.md 8)
     embedding: str = "embed_tokens.weight"
     in_memory: tuple[tuple[str, str], ...] = ()  # prefix on disk -> prefix in a transformers model
@@ -105,6 +107,15 @@ FAMILIES: Mapping[str, Family] = {
             default_activation=TANH_GELU,
             norm_after=True,
             in_memory=(("language_model.model.", "model.language_model."),),
+        ),
+        Family(
+            "gemma3n_text",
+            GLU,
+            activation="hidden_activation",
+            default_activation=TANH_GELU,
+            listed=True,
+            statistics=True,
+            norm_after=True,
         ),
         Family(
             "gpt_neo",
@@ -163,10 +174,14 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family found in a checkpoint: all its MLPs, which have one width."""
+    """A family found in a checkpoint: all its MLPs. `says` is what the config gives for their width, if anything.
+
+    They have one width, unless `says` is a list.
+    """
 
     family: Family
     mlps: tuple[Mlp, ...]
+    says: Any = None
 
     @property
     def width(self) -> int:
@@ -177,6 +192,22 @@ class Architecture:
         """The dotted config key of the width."""
         return ".".join(filter(None, (self.family.scope, self.family.width)))
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """The width of each MLP, by block."""
+        return {mlp.block: mlp.width for mlp in self.mlps}
+
+    def told(self, value: Any, mlp: Mlp) -> int | None:
+        """The width of that MLP in the config's words, None where they do not say it."""
+        if isinstance(value, list) and self.family.listed:
+            value = value[mlp.layer] if len(value) == len(self.mlps) else None
+        return value if type(value) is int else None
+
+    def value_of(self, widths: Mapping[str, int]) -> Any:
+        """What the config must say when the MLPs have these widths, by block: a list only where it must be one."""
+        values = [widths[mlp.block] for mlp in self.mlps]
+        return values if isinstance(self.says, list) or len(set(values)) > 1 else values[0]
+
 
 def locate(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Architecture:
     """The family of a checkpoint and all its MLPs, checked against the shapes. Raises FamilyError."""
@@ -186,7 +217,7 @@ def locate(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Archit
     found = _group(family, infos)
     mlps = tuple(_mlp(family, block, names, infos) for block, names in sorted(found.items(), key=_by_layer))
     _check_together(family, scope, mlps)
-    return Architecture(family, mlps)
+    return Architecture(family, mlps, scope.get(family.width))
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -312,13 +343,17 @@ def _measured(block: str, layer: int, tensors: Mapping[str, Slot], infos: Mappin
 
 
 def _check_together(family: Family, scope: Mapping[str, Any], mlps: tuple[Mlp, ...]) -> None:
-    """One width, one hidden size, the same tensors in every layer, and every layer there."""
+    """One width (or a list of them), one hidden size, the same tensors in every layer, and every layer there."""
     first = mlps[0]
     stacks = {mlp.block.removesuffix(family.stem.format(layer=mlp.layer)) for mlp in mlps}
     if len(stacks) > 1:
         raise FamilyError(f"MLPs under several prefixes ({', '.join(sorted(stacks))}), where one stack was expected")
+    says: Any = scope.get(family.width)
+    listed = family.listed and isinstance(says, list)
+    if listed and len(says) != len(mlps):
+        raise FamilyError(f"{family.width} lists {len(says)} widths for {len(mlps)} MLPs", file="config.json")
     for mlp in mlps:
-        if (mlp.width, mlp.hidden) != (first.width, first.hidden):
+        if (mlp.width if not listed else first.width, mlp.hidden) != (first.width, first.hidden):
             raise FamilyError(
                 f"width {mlp.width} and hidden size {mlp.hidden}, but {first.width} and {first.hidden} in"
                 f" {first.block}: one config number cannot describe both",

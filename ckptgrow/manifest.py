@@ -105,6 +105,7 @@ class Manifest:
     ties: Mapping[str, str]
     in_memory_names: Mapping[str, str]
     history: tuple[Mapping[str, Any], ...]
+    layers: tuple[int, ...] | None = None  # the ones that grew; None: all
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,12 +119,11 @@ class Manifest:
     def digest(self) -> str:
         return digest_of(self.text().encode())
 
-    def config_entry(self, width_path: str) -> dict[str, Any]:
-        """What config.json gets under `ckptgrow`; `grown_layers` where others are only filled up."""
-        entry: dict[str, Any] = {"manifest": self.digest, "base_width": {width_path: self.blocks[0].old_width}}
-        if any(block.filled for block in self.blocks):
-            entry["grown_layers"] = sorted({block.layer for block in self.blocks if not block.filled})
-        return entry
+    def config_entry(self, architecture: Architecture) -> dict[str, Any]:
+        """What config.json gets under `ckptgrow`; `grown_layers` where not all grew."""
+        base_width = {architecture.width_path: architecture.value_of(architecture.widths)}
+        entry: dict[str, Any] = {"manifest": self.digest, "base_width": base_width}
+        return entry if self.layers is None else entry | {"grown_layers": [*self.layers]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class Grown:
 def read_mask(plan: Plan, base: Checkpoint, architecture: Architecture, growth: Growth) -> Grown:
     """The freeze mask and its counts: a reading of the Plan with the policy."""
     members = {output.name: output for output in plan.outputs if output.member}
-    blocks = tuple(_block(members, mlp, base) for mlp in architecture.mlps)
+    blocks = tuple(_block(members, mlp, base) for mlp in architecture.mlps if mlp.down in members)
     trainable = tuple(_trainable(members.values(), growth))
     count, total = sum(tensor.elements for tensor in trainable), sum(output.info.elements for output in plan.outputs)
     share = round(count / base.parameters, 6)
@@ -174,6 +174,7 @@ def describe(
         ties=ties(base.config, family, base.infos),
         in_memory_names={disk: memory for disk, memory in renamed.items() if disk != memory},
         history=history(base),
+        layers=growth.layers,
     )
 
 
@@ -213,17 +214,24 @@ def named_in(config: Mapping[str, Any]) -> str | None:
 def growth_of(manifest: Manifest) -> Growth:
     """The growth that a manifest describes, to be made again. Raises CkptgrowError for one that is not to be had."""
     asked, seed = manifest.shares.get("asked", "auto"), manifest.shares.get("seed", 0)
-    layers = tuple(sorted({block.layer for block in manifest.blocks if not block.filled}))
-    some = layers if any(block.filled for block in manifest.blocks) else None
-    width = manifest.blocks[0].new_width
-    return Growth(width=width, policy=manifest.policy, shares=asked, seed=seed, layers=some)
+    native = manifest.layers is not None and not any(block.filled for block in manifest.blocks)
+    first, several = manifest.blocks[0], len({block.new_width for block in manifest.blocks}) > 1
+    return Growth(  # from several widths only a factor leads to several
+        factor=first.new_width // first.old_width if several else None,
+        width=None if several else first.new_width,
+        policy=manifest.policy,
+        shares=asked,
+        seed=seed,
+        layers=manifest.layers,
+        uneven="native" if native else "uniform",
+    )
 
 
-def grown_config(text: str, plan: Plan, manifest: Manifest, width_path: str) -> str:
+def grown_config(text: str, plan: Plan, manifest: Manifest, architecture: Architecture) -> str:
     """config.json of the result: the base's text with the Plan's edits and the manifest's digest."""
     for edit in plan.config:
         text = set_value(text, edit.path, edit.value)
-    return set_value(text, CONFIG_KEY, manifest.config_entry(width_path))
+    return set_value(text, CONFIG_KEY, manifest.config_entry(architecture))
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -292,6 +300,7 @@ def _typed(described: dict[str, Any]) -> Manifest:
     ]
     typed = {"base": Base(**described["base"]), "counts": Counts(**described["counts"])}
     typed |= {"blocks": tuple(copied), "trainable": tuple(trainable), "history": tuple(described["history"])}
+    typed |= {"layers": tuple(described["layers"])} if described.get("layers") else {}
     return Manifest(**{**described, **typed})
 
 
@@ -315,9 +324,10 @@ def _parsed(text: bytes, path: Path) -> dict[str, Any]:
 
 def _rules(architecture: Architecture, growth: Growth) -> Iterator[str]:
     """The rules by which shares are made: units with one copy more than the others may need another rule."""
-    for count, _ in kinds(architecture.width, growth.new_width(architecture.width)):
-        if count > 1:
-            yield rule_for(count, growth.rules, growth.shares)
+    for old in {mlp.width for mlp in architecture.mlps if growth.grows(mlp.layer)}:
+        for count, _ in kinds(old, growth.new_width(old)):
+            if count > 1:
+                yield rule_for(count, growth.rules, growth.shares)
 
 
 def _block(outputs: Mapping[str, Output], mlp: Mlp, base: Checkpoint) -> GrownBlock:

@@ -40,19 +40,21 @@ def prove(plan: Plan, base: Mapping[str, TensorInfo], architecture: Architecture
     for name, output in outputs.items():
         if name not in inside and (name not in base or output.member or not output.is_copy_of(base[name])):
             raise PlanError("it is in no MLP, and yet it would change", tensor=name)
-    widths = {_prove_mlp(outputs, mlp, base) for mlp in architecture.mlps}
+    widths = {mlp.block: _prove_mlp(outputs, mlp, base) for mlp in architecture.mlps}
     _prove_config(plan, architecture, widths)
     return sum(mlp.width for mlp in architecture.mlps)
 
 
-def _prove_config(plan: Plan, architecture: Architecture, widths: set[int]) -> None:
-    """config.json must say the one width that all MLPs have."""
+def _prove_config(plan: Plan, architecture: Architecture, widths: Mapping[str, int]) -> None:
+    """config.json must say the width that each MLP has, and nothing else may change in it."""
     edits = {edit.path: edit.value for edit in plan.config}
-    says = edits.pop(architecture.width_path, architecture.width)
-    if edits or widths != {says}:
-        raise PlanError(
-            f"config.json would say {says} and change {sorted(edits)}, the MLPs have width {sorted(widths)}"
-        )
+    says = edits.pop(architecture.width_path, architecture.value_of(architecture.widths))
+    for mlp in architecture.mlps:
+        if edits or widths[mlp.block] != architecture.told(says, mlp):
+            raise PlanError(
+                f"config.json would say {says} and change {sorted(edits)}, the MLPs have width"
+                f" {sorted(set(widths.values()))}"
+            )
 
 
 def _prove_mlp(outputs: Mapping[str, Output], mlp: Mlp, base: Mapping[str, TensorInfo]) -> int:

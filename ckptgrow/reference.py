@@ -162,6 +162,6 @@ def _regrown(base: Checkpoint, manifest: Manifest, text: bytes, path: Path) -> R
             file=str(path),
             hint="Give the grown checkpoint itself instead of its base.",
         )
-    config = grown_config(base.config_text, plan, manifest, architecture.width_path)
+    config = grown_config(base.config_text, plan, manifest, architecture)
     outputs = {output.name: output for output in plan.outputs}
     return Reference(Regrown(base, outputs), config, manifest, text, base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from typing import Literal, get_args
 
 from ckptgrow.errors import RequestError
 from ckptgrow.families import Architecture, Mlp
@@ -14,6 +15,8 @@ from ckptgrow.policy import POLICIES, SHARE_CHOICES, Policy, ShareChoice, kinds,
 from ckptgrow.tensors import TensorInfo
 
 BASE = "base"
+Uneven = Literal["uniform", "native"]
+UNEVEN_CHOICES: tuple[Uneven, ...] = get_args(Uneven)
 MOST_COPIES = 1024  # a Plan names each copy; nobody grows a model a thousandfold
 
 
@@ -27,7 +30,8 @@ class Growth:
     policy: str = "g-freeze"
     shares: ShareChoice = "auto"
     seed: int = 0
-    layers: tuple[int, ...] | None = None  # the others are filled up; None: every layer grows
+    layers: tuple[int, ...] | None = None  # None: every layer grows
+    uneven: Uneven = "uniform"  # the other layers are filled up to one width, or keep theirs
 
     def __post_init__(self) -> None:
         for name in ("factor", "width", "multiple_of", "seed"):
@@ -44,6 +48,10 @@ class Growth:
             raise RequestError(f"unknown policy {self.policy!r}", hint=f"One of {', '.join(POLICIES)}.")
         if self.shares not in SHARE_CHOICES:
             raise RequestError(f"unknown shares {self.shares!r}", hint=f"One of {', '.join(SHARE_CHOICES)}.")
+        if self.uneven not in UNEVEN_CHOICES:
+            raise RequestError(f"unknown uneven {self.uneven!r}", hint=f"One of {', '.join(UNEVEN_CHOICES)}.")
+        if self.uneven == "native" and self.layers is None:
+            raise RequestError("--uneven native says what becomes of the layers that do not grow: give --layers")
         if not 0 <= self.seed < 2**63:
             raise RequestError(f"--seed {self.seed}: give a whole number from 0 to 2**63 - 1")
 
@@ -70,12 +78,38 @@ def expand(infos: Mapping[str, TensorInfo], architecture: Architecture, growth: 
 
     Gate, up and their biases are copied as bytes; each column of down is shared out among the copies of its unit
     (METHOD.md 1, 2). MLPs that do not grow are filled up to the same width: their copies have zero columns and are not
-    marked as grown, so that nothing of them trains (METHOD.md 7). All other tensors stay as they are.
+    marked as grown, so that nothing of them trains (METHOD.md 7); with `uneven` native they stay as they are, as do all
+    other tensors.
     """
     check_layers(architecture, growth)
-    grown = {name: _grow(infos[name], mlp, growth) for mlp in architecture.mlps for name in mlp.tensors}
+    widths = new_widths(architecture, growth)
+    mlps = [mlp for mlp in architecture.mlps if widths[mlp.block] != mlp.width]
+    grown = {name: _grow(infos[name], mlp, widths[mlp.block], growth) for mlp in mlps for name in mlp.tensors}
     outputs = tuple(grown.get(name) or unchanged(info, BASE) for name, info in infos.items())
-    return Plan(outputs, (Edit(architecture.width_path, growth.new_width(architecture.width)),))
+    return Plan(outputs, (Edit(architecture.width_path, architecture.value_of(widths)),))
+
+
+def new_widths(architecture: Architecture, growth: Growth) -> dict[str, int]:
+    """The width of each MLP after the growth, by block. Raises RequestError where it cannot be had."""
+    family, native = architecture.family, growth.uneven == "native"
+    if native and not family.listed:
+        raise RequestError(
+            f"--uneven native: the config of {family.model_type!r} has one width, and loaders refuse a list",
+            hint="Leave it out: the other layers are filled up to the same width.",
+        )
+    if growth.layers is not None and not native and len({mlp.width for mlp in architecture.mlps}) > 1:
+        raise RequestError("its layers have several widths, so none can be filled up", hint="Give --uneven native.")
+    widths = {
+        mlp.block: mlp.width if native and not growth.grows(mlp.layer) else growth.new_width(mlp.width)
+        for mlp in architecture.mlps
+    }
+    for mlp in architecture.mlps:
+        if family.statistics and widths[mlp.block] % mlp.width:
+            raise RequestError(
+                f"{widths[mlp.block]:,} is no multiple of its {mlp.width:,} units, and it takes statistics over them",
+                hint="Every unit must come equally often: give --factor.",
+            ).at(tensor=mlp.block)
+    return widths
 
 
 def check_layers(architecture: Architecture, growth: Growth) -> None:
@@ -99,9 +133,9 @@ def rounds(old: int, new: int) -> Iterator[range]:
         yield range(min(old, new - start))
 
 
-def _grow(info: TensorInfo, mlp: Mlp, growth: Growth) -> Output:
+def _grow(info: TensorInfo, mlp: Mlp, new: int, growth: Growth) -> Output:
     """One tensor of an MLP, widened."""
-    slot, new, grows = mlp.tensors[info.name], growth.new_width(mlp.width), growth.grows(mlp.layer)
+    slot, grows = mlp.tensors[info.name], growth.grows(mlp.layer)
     shape = tuple(new * len(slot.lanes) if axis == slot.axis else size for axis, size in enumerate(info.shape))
     if slot.lanes == ("down",):
         dealt = _shared(info.name, mlp.width, new, growth) if grows else _filled(info.name, mlp.width, new)

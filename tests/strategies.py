@@ -98,9 +98,11 @@ def tiny(model_type: str = "llama", width: int = 4, hidden: int = 3, layers: int
     return Tiny(infos, locate(config_of(model_type, width=width, hidden=hidden, layers=layers), infos))
 
 
+# Those that any growth fits: no statistics over the width.
+FREE = sorted(name for name, family in FAMILIES.items() if not family.statistics)
 tinies = st.builds(
     tiny,
-    st.sampled_from(sorted(FAMILIES)),
+    st.sampled_from(FREE),
     width=st.integers(1, 7),
     hidden=st.integers(1, 3),
     layers=st.integers(1, 2),

@@ -16,11 +16,11 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import LAW, growths, same_function, tiny
+from strategies import FREE, LAW, config_of, growths, infos_of, same_function, tiny
 
 import ckptgrow
 from ckptgrow.cli import main
-from ckptgrow.families import FAMILIES
+from ckptgrow.families import locate
 from ckptgrow.layers import chosen, ranked, spelled
 from ckptgrow.manifest import load_manifest
 from ckptgrow.plan import Edit, Output, Part, Plan, Share, Term, unchanged
@@ -125,7 +125,7 @@ def test_refused_before_anything_is_written(
 @given(st.data())
 def test_filling_is_proved_and_never_trains(data: st.DataObject) -> None:
     """Any family, any growth, some layers: the same function, and only marked where a layer grows."""
-    base = tiny(data.draw(st.sampled_from(sorted(FAMILIES))), layers=3, bias=data.draw(st.booleans()))
+    base = tiny(data.draw(st.sampled_from(FREE)), layers=3, bias=data.draw(st.booleans()))
     layers = tuple(sorted(data.draw(st.sets(st.integers(0, 2), min_size=1, max_size=2))))
     growth = replace(data.draw(growths(base.architecture.width)), layers=layers)
     plan = expand(base.infos, base.architecture, growth)
@@ -208,6 +208,112 @@ def test_the_width_in_the_config_is_proved() -> None:
         prove(replace(filled(), config=(Edit("intermediate_size", 4),)), tiny().infos, tiny().architecture)
 
 
+# ---------------------------------------------------------------- layers that keep their width
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A tiny checkpoint of four layers whose config has a list of widths."""
+    return checkpoints.make(tmp_path / "listed", "gemma3n_text", layers=4, config={"intermediate_size": [WIDTH] * 4})
+
+
+def test_native_grows_only_the_named(listed: Path, tmp_path: Path) -> None:
+    """The others keep their bytes; the config says each width, and what was written is read back and proved."""
+    done = ckptgrow.expand(listed, tmp_path / "out", layers="1,3", uneven="native")
+    before, after = checkpoints.load(listed), checkpoints.load(tmp_path / "out")
+    for layer in (0, 2):
+        for role in ("gate", "up", "down"):
+            assert torch.equal(after[LAYER.format(layer, role)], before[LAYER.format(layer, role)])
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["intermediate_size"] == [12, 24, 12, 24]
+    assert config["ckptgrow"]["grown_layers"] == [1, 3]
+    manifest = json.loads((tmp_path / "out/ckptgrow.json").read_text())
+    jsonschema.Draft202012Validator(SCHEMA).validate(manifest)
+    assert ([block["layer"] for block in manifest["blocks"]], manifest["layers"]) == ([1, 3], [1, 3])
+    assert load_manifest(tmp_path / "out") == done.manifest
+    assert done.manifest.counts.filled == 0
+    assert done.proposal.parameters_after == done.proposal.parameters_before + 2 * 3 * 8 * 12
+    assert "with the MLPs of layers 1, 3 widened from 12 to 24 units" in (tmp_path / "out/README.md").read_text()
+    result = ckptgrow.verify(listed, tmp_path / "out")
+    assert result.exit_code == 0
+    assert "72 units are 48 base units in 4 MLPs, largest error 0.0" in result.answers[1].figure
+    assert ckptgrow.audit(tmp_path / "out", tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("says", [[12, 24, 24, 24], [24] * 4, [12, 24, 12], 24, [12, 24.0, 12, 24], None])
+def test_verify_reads_each_width_in_the_config(listed: Path, tmp_path: Path, says: Any) -> None:
+    """A list that is wrong in one place, too short, or no list any more."""
+    ckptgrow.expand(listed, tmp_path / "out", layers="1,3", uneven="native")
+    checkpoints.edit_config(tmp_path / "out", intermediate_size=says)
+    result = ckptgrow.verify(listed, tmp_path / "out")
+    assert result.exit_code == 1
+    assert any(finding.tensor == "config.json" for finding in result.answers[1].findings)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"layers": "1", "uneven": "native"}, "the config of 'gemma3_text' has one width"),
+        ({"uneven": "native"}, "give --layers"),
+        ({"layers": "1", "uneven": "both"}, "unknown uneven 'both'"),
+    ],
+)
+def test_native_is_refused(four: Path, tmp_path: Path, options: dict[str, Any], told: str) -> None:
+    """Where no stock loader builds it, and where the words say nothing."""
+    with pytest.raises(ckptgrow.RequestError, match=told):
+        ckptgrow.expand(four, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_widths_are_not_filled_up(listed: Path, tmp_path: Path) -> None:
+    """A config with a list needs no filling."""
+    ckptgrow.expand(listed, tmp_path / "one", layers="1", uneven="native")
+    with pytest.raises(ckptgrow.RequestError, match="its layers have several widths"):
+        ckptgrow.expand(tmp_path / "one", tmp_path / "two", layers="0")
+    ckptgrow.expand(tmp_path / "one", tmp_path / "two")
+    config = json.loads((tmp_path / "two/config.json").read_text())
+    assert config["intermediate_size"] == [24, 48, 24, 24]
+    assert ckptgrow.verify(listed, tmp_path / "two").exit_code == 0
+    for base, out in ((listed, tmp_path / "one"), (tmp_path / "one", tmp_path / "two")):
+        assert ckptgrow.audit(base, out).exit_code == 0  # made again from the base
+
+
+def test_statistics_over_the_width_need_whole_copies(listed: Path, tmp_path: Path) -> None:
+    """Every unit must come equally often, or the mean and the deviation move: refused before writing."""
+    with pytest.raises(ckptgrow.RequestError, match="takes statistics over them"):
+        ckptgrow.expand(listed, tmp_path / "out", width=30)
+
+
+def test_a_list_that_does_not_fit(listed: Path) -> None:
+    """As many widths as layers, or nobody can read it; in other families a list means nothing."""
+    checkpoints.edit_config(listed, intermediate_size=[12, 12])
+    assert "lists 2 widths for 4 MLPs" in str(ckptgrow.inspect(listed).reason)
+    checkpoints.edit_config(listed, intermediate_size=[12] * 4, model_type="gemma3_text")
+    checkpoints.edit(
+        listed, lambda t: t.update({LAYER.format(1, r): t[LAYER.format(1, r)][:6] for r in ("gate", "up")})
+    )
+    checkpoints.edit(
+        listed, lambda t: t.update({LAYER.format(1, "down"): t[LAYER.format(1, "down")][:, :6].contiguous()})
+    )
+    assert "one config number cannot describe both" in str(ckptgrow.inspect(listed).reason)
+
+
+def test_the_list_in_the_config_is_proved() -> None:
+    """Each width of the list is held against its MLP, and a layer that was to grow must have grown."""
+    infos = infos_of("gemma3n_text", layers=3)
+    found = locate(config_of("gemma3n_text", layers=3) | {"intermediate_size": [4, 4, 4]}, infos)
+    plan = expand(infos, found, Growth(layers=(1,), uneven="native"))
+    assert [edit.value for edit in plan.config] == [[4, 8, 4]]
+    assert prove(plan, infos, found) == 12
+    prove_marks(plan, found, (1,))
+    for value in ([4, 8, 8], [4, 4, 4], [4, 8], 8):
+        with pytest.raises(ckptgrow.PlanError, match=r"config\.json would say"):
+            prove(replace(plan, config=(Edit("intermediate_size", value),)), infos, found)
+    for layers in ((0,), (0, 1)):
+        with pytest.raises(ckptgrow.PlanError, match=r"was to grow and does not|marked as grown"):
+            prove_marks(plan, found, layers)
+
+
 # ---------------------------------------------------------------- on disk
 
 
@@ -243,7 +349,7 @@ def test_a_manifest_without_the_new_fields_is_read(four: Path, tmp_path: Path) -
     old = json.loads((tmp_path / "out/ckptgrow.json").read_text())
     for block in old["blocks"]:
         del block["filled"]
-    del old["counts"]["filled"], old["counts"]["filled_bytes"]
+    del old["counts"]["filled"], old["counts"]["filled_bytes"], old["layers"]
     jsonschema.Draft202012Validator(SCHEMA).validate(old)
     (tmp_path / "old.json").write_text(json.dumps(old))
     assert load_manifest(tmp_path / "old.json") == done.manifest

@@ -246,7 +246,8 @@ def assert_same_function(base: Path, grown: Path, family: Family) -> None:
 
 def test_every_family_has_a_case() -> None:
     """A family added to the table without a case here would go untested."""
-    assert {case.model_type for case in CASES.values()} == set(FAMILIES)
+    elsewhere = {"gemma3n_text"}  # test_layers_transformers.py
+    assert {case.model_type for case in CASES.values()} == set(FAMILIES) - elsewhere
 
 
 @pytest.mark.parametrize("growth", GROWTHS.values(), ids=GROWTHS.keys())

@@ -8,6 +8,7 @@ import click
 
 from ckptgrow.cli.group import as_json, bars, json_of, main, quiet
 from ckptgrow.policy import POLICIES, SHARE_CHOICES
+from ckptgrow.surgery import UNEVEN_CHOICES
 
 
 @main.command()
@@ -48,7 +49,14 @@ def inspect(src: str, as_json: bool) -> None:
 @click.option(
     "--layers",
     metavar="LIST",
-    help="Grow only these, such as 3-11,20, or @ranking.json; the others are filled with copies that do nothing.",
+    help="Grow only these layers, such as 3-11,20, or @ranking.json.",
+)
+@click.option(
+    "--uneven",
+    type=click.Choice(UNEVEN_CHOICES),
+    default="uniform",
+    show_default=True,
+    help="The layers that --layers leaves out: filled up to one width, or as they are where the config can say so.",
 )
 @click.option("--plan", is_flag=True, help="Say what would happen and write nothing; with --json the whole Plan.")
 @click.option("--force", is_flag=True, help="Replace an existing OUT, only after the new one is complete.")

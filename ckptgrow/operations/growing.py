@@ -24,7 +24,7 @@ from ckptgrow.progress import Meter, Progress, silent
 from ckptgrow.proof import prove, prove_marks
 from ckptgrow.results import Block, Expansion, Inspection, Proposal, Verification
 from ckptgrow.staging import Staging, check_apart, check_space, check_target, free_bytes
-from ckptgrow.surgery import BASE, Growth
+from ckptgrow.surgery import BASE, Growth, Uneven
 from ckptgrow.version import __version__
 
 Source = str | Path
@@ -57,13 +57,14 @@ def plan_expand(
     shares: ShareChoice = "auto",
     seed: int = 0,
     layers: Layers = None,
+    uneven: Uneven = "uniform",
 ) -> Proposal:
     """What `expand` would do with the same options, for `--plan`: reads headers only and writes nothing.
 
     Raises CkptgrowError for whatever `expand` would refuse before its first byte, but for an existing OUT and a
     full disk, which the figures show.
     """
-    growth = Growth(factor, width, multiple_of, policy, shares, seed, _layers(layers))
+    growth = Growth(factor, width, multiple_of, policy, shares, seed, _layers(layers), uneven)
     origin, base = _peek(src)
     return _prepare(origin, base, Path(out), growth).proposal
 
@@ -79,6 +80,7 @@ def expand(
     shares: ShareChoice = "auto",
     seed: int = 0,
     layers: Layers = None,
+    uneven: Uneven = "uniform",
     force: bool = False,
     resume: bool = False,
     verify: bool = True,
@@ -89,13 +91,13 @@ def expand(
 
     `factor` (2 if neither is given) or `width` says how wide; `policy` what will train (METHOD.md 4); `shares` and
     `seed` how each column of down is shared out among the copies of its unit (METHOD.md 2, 3). `layers` names the
-    layers that grow ("3-11,20", "@ranking.json", or numbers): the others are filled up to the same width with copies
-    whose columns are zero and that never train (METHOD.md 7). `force` replaces an existing `out` once the new one is
-    complete; `resume` goes on from a killed run; `verify` proves what was written before `out` appears; `bars` lets
-    huggingface_hub draw its own while it downloads. Raises CkptgrowError (and OSError where the system fails), and then
-    nothing is left on disk.
+    layers that grow ("3-11,20", "@ranking.json", or numbers): by `uneven` the others are filled up to the same width
+    with copies whose columns are zero and that never train, or keep theirs where the config can say so (METHOD.md 7).
+    `force` replaces an existing `out` once the new one is complete; `resume` goes on from a killed run; `verify` proves
+    what was written before `out` appears; `bars` lets huggingface_hub draw its own while it downloads. Raises
+    CkptgrowError (and OSError where the system fails), and then nothing is left on disk.
     """
-    growth = Growth(factor, width, multiple_of, policy, shares, seed, _layers(layers))
+    growth = Growth(factor, width, multiple_of, policy, shares, seed, _layers(layers), uneven)
     report, seen = progress or silent, preview(src)
     target = Path(out).resolve()
     check_apart(target, seen.origin.folder)
@@ -214,6 +216,12 @@ def _blocks(base: Checkpoint, architecture: Architecture) -> Iterator[Block]:
         yield Block(mlp.block, mlp.layer, mlp.width, mlp.hidden, tuple(dtypes))
 
 
+def _said(architecture: Architecture, growth: Growth) -> Iterator[str]:
+    """How the columns of down are shared out, for each width that grows."""
+    for old in sorted({mlp.width for mlp in architecture.mlps if growth.grows(mlp.layer)}):
+        yield from said(old, growth.new_width(old), growth.rules, growth.shares, growth.layers)
+
+
 def _layers(asked: Layers) -> tuple[int, ...] | None:
     """The layers to grow, ascending; None stands for all. `@FILE` names a ranking."""
     if not isinstance(asked, str) or not asked.startswith("@"):
@@ -227,7 +235,6 @@ def _layers(asked: Layers) -> tuple[int, ...] | None:
 def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Job:
     """Everything that can be known, and refused, before the first byte is written."""
     architecture = locate(base.config, base.infos)
-    old = architecture.width
     history(base)
     plan = surgery.expand(base.infos, architecture, growth)
     prove(plan, base.infos, architecture)
@@ -243,7 +250,7 @@ def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Jo
         family=architecture.family.model_type,
         policy=growth.policy,
         policy_about=growth.rules.about,
-        shares=tuple(said(old, growth.new_width(old), growth.rules, growth.shares, growth.layers)),
+        shares=tuple(_said(architecture, growth)),
         blocks=grown.blocks,
         parameters_before=base.parameters,
         parameters_after=grown.counts.trainable + grown.counts.frozen,
@@ -278,7 +285,7 @@ def _write_rest(job: _Job, staging: Staging, inexact: int) -> Manifest:
     if job.layout.index is not None:
         staging.put(INDEX, job.layout.index)
     staging.put(MANIFEST, manifest.text())
-    staging.put(CONFIG, grown_config(base.config_text, job.proposal.plan, manifest, job.architecture.width_path))
+    staging.put(CONFIG, grown_config(base.config_text, job.proposal.plan, manifest, job.architecture))
     return manifest
 
 
