@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="holds ckptgrow against real transfor
 
 import torch
 import transformers
+from test_transformers import COMMON, WIDTH, load
 from torch import nn
 
 import ckptgrow
@@ -20,20 +21,6 @@ from ckptgrow.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.transformers
 
-WIDTH = 44
-COMMON: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": WIDTH,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 GEMMA3N: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0],  # a cutoff at mean + std of the gate, over the width
@@ -53,7 +40,7 @@ def make(tmp_path: Path) -> Make:
 
     def made(model_type: str) -> Path:
         transformers.logging.disable_progress_bar()
-        config = transformers.AutoConfig.for_model(model_type, **COMMON | CASES[model_type])
+        config = transformers.AutoConfig.for_model(model_type, **COMMON | {"num_hidden_layers": 4} | CASES[model_type])
         model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
@@ -64,16 +51,6 @@ def make(tmp_path: Path) -> Make:
         return tmp_path / "base"
 
     return made
-
-
-def load(folder: Path) -> nn.Module:
-    """What stock transformers makes of it: nothing missing, unexpected or mismatched."""
-    model, said = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    assert {key: found for key, found in said.items() if found} == {}
-    loaded: nn.Module = model.eval()
-    return loaded
 
 
 def apart(one: nn.Module, other: nn.Module) -> float:
