@@ -6,7 +6,10 @@ import importlib.util
 import json
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import checkpoints
 import pytest
 import torch
 from click.testing import CliRunner
+from hub_server import HubServer, Repository
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import LAW
@@ -24,13 +28,14 @@ import ckptgrow
 from ckptgrow.checkpoint import open_checkpoint
 from ckptgrow.cli import main
 from ckptgrow.cli.masking import FORMATS
-from ckptgrow.dialects import DIALECTS
+from ckptgrow.dialects import DIALECTS, Subject
 from ckptgrow.dialects.axolotl import PLUGIN
 from ckptgrow.dialects.llamafactory import LAUNCHER
 from ckptgrow.dialects.patterns import patterns, products
-from ckptgrow.dialects.subject import quoted
+from ckptgrow.dialects.subject import STACKED, quoted
 from ckptgrow.errors import FormatError, OutputError, RequestError
 from ckptgrow.families import FAMILIES
+from ckptgrow.hub import PROBE_BYTES
 from ckptgrow.manifest import Manifest, load_manifest
 from ckptgrow.policy import POLICIES
 
@@ -344,6 +349,60 @@ def test_llamafactory_yaml(grow: Grow) -> None:
     manifest = load_manifest(grown)
     partly = sum(torch.Size(tensor.shape).numel() - tensor.elements for tensor in manifest.trainable)
     assert f"{partly:,} elements that are frozen in 15 tensors and 3 tensors that are frozen whole" in text
+
+
+@pytest.mark.parametrize(("layers", "span"), [("2-4", 3), ("0-1", -2), ("1,3", 4), ("1-2", -3)])
+def test_llamafactory_takes_the_fewest_layers(layers: str, span: int, tmp_path: Path) -> None:
+    """From the end, or as a negative number from the start, whichever unfreezes less."""
+    base = checkpoints.make(tmp_path / "base", "llama", layers=5)
+    grown = ckptgrow.expand(base, tmp_path / "grown", layers=layers).folder
+    assert yaml_of(ckptgrow.mask(grown, "llamafactory").text or "")["freeze_trainable_layers"] == span
+
+
+# ---------------------------------------------------------------- only some layers, experts, the Hub
+
+
+@pytest.mark.parametrize("freeze", AXOLOTL, ids=["rules", "axolotl"])
+def test_layers_that_did_not_grow_stay_frozen(freeze: Freeze | None, tmp_path: Path) -> None:
+    """Their filling is frozen: the patterns name the layers that grew, and Axolotl's rules agree."""
+    freeze = freeze or their_freeze()
+    base = checkpoints.make(tmp_path / "base", "phi3", layers=12)
+    grown = Path(ckptgrow.expand(base, tmp_path / "grown", layers="1,10-11").folder)
+    entries = entries_in(ckptgrow.mask(grown, "axolotl").text or "")
+    assert entries == [f"^model.layers.(1|10|11).mlp.gate_up_proj.weight${span}" for span in ("[12:24]", "[36:48]")]
+    expected = {n: m for n, m in ones(load_manifest(grown), grown).items() if "down_proj" not in n}
+    seen = unfrozen(grown, entries, freeze)
+    assert all(torch.equal(seen[name], expected[name]) for name in expected)
+
+
+def test_experts_come_with_a_warning(grow: Grow) -> None:
+    """Names that transformers 5 stacks in memory are not given without saying so."""
+    manifest = load_manifest(grow("llama"))
+    experts = [
+        replace(t, name=t.name.replace(".mlp.", f".mlp.experts.{i}.")) for t in manifest.trainable for i in (0, 1)
+    ]
+    for trainable, warned in ((tuple(experts), True), (manifest.trainable, False)):
+        names = tuple(tensor.name for tensor in trainable)
+        subject = Subject("grown", None, Path("grown"), replace(manifest, trainable=trainable), names)
+        assert [STACKED.split(";")[0] in DIALECTS[wording](subject) for wording in DIALECTS] == [warned] * len(DIALECTS)
+
+
+def test_of_a_hub_repository_no_weights_are_fetched(grow: Grow, tmp_path: Path) -> None:
+    """Text names the repository and its commit; the mask checkpoint is made from headers."""
+    grown = grow(hidden=256, width=512)
+    with HubServer({"org/grown": Repository({"main": checkpoints.snapshot(grown)})}) as server:
+        env = server.environment(tmp_path / "hf")
+        command = [sys.executable, "-m", "ckptgrow", "mask", "org/grown", "--format"]
+        told = subprocess.run([*command, "axolotl"], env=env, capture_output=True, text=True, check=True)
+        subprocess.run([*command, "safetensors", "--out", str(tmp_path / "mask")], env=env, check=True)
+        sent = sum(server.sent(file.name) for file in grown.glob("*.safetensors"))
+    assert 0 < sent <= 2 * 2 * PROBE_BYTES  # two commands, two shards: their first bytes, which hold the headers
+    ckptgrow.mask(grown, "safetensors", out=tmp_path / "same")
+    assert checkpoints.snapshot(tmp_path / "mask") == checkpoints.snapshot(tmp_path / "same")
+    yaml = yaml_of(told.stdout)
+    assert yaml["base_model"] == "org/grown"
+    assert Path(yaml["ckptgrow_manifest"]).name == yaml["revision_of_model"]
+    assert (Path(yaml["ckptgrow_manifest"]) / "ckptgrow.json").is_file()
 
 
 # ---------------------------------------------------------------- a checkpoint of 0 and 1

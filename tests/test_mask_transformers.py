@@ -250,6 +250,27 @@ def test_the_hook_that_does_not_fire_is_seen(grow: Grow, peft: Any) -> None:
         optimizer.step()
 
 
+def test_a_confined_lora_under_the_trainer(grow: Grow, peft: Any, tmp_path: Path) -> None:
+    """Hugging Face's Trainer with decay and clipping: nothing but the handle is needed."""
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate, which is not installed")
+    from ckptgrow.training.peft import confine
+
+    grown = grow("phi3", dtype=torch.float32)
+    model = adapted(peft, grown)
+    handle = confine(model, grown)
+    options: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": 0.1, "learning_rate": 0.05, "max_steps": 4}
+    quietly: dict[str, Any] = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    args = transformers.TrainingArguments(str(tmp_path / "run"), **options, **quietly)
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+    trainer = transformers.Trainer(model, args, train_dataset=rows)  # type: ignore[arg-type]
+    trainer.train()
+    handle.check(trainer.optimizer)
+    model.merge_and_unload().save_pretrained(tmp_path / "trained")
+    seen = ckptgrow.audit(grown, tmp_path / "trained")
+    assert (seen.exit_code, seen.cause) == (0, "nothing")
+    assert seen.total("changed") > 0.5 * seen.total("trainable")
+
+
 def test_the_snippet_runs(grow: Grow, peft: Any) -> None:
     """What `--format peft` prints, word for word."""
     grown = grow("phi3")

@@ -244,3 +244,21 @@ def test_quick_commands_import_nothing_heavy(real_gemma: Path, out: Path, argume
     modules = set(json.loads(done.stderr))
     assert modules.isdisjoint(FORBIDDEN), modules & set(FORBIDDEN)
     assert not out.exists()
+
+
+def test_the_mask_of_the_real_model(real_gemma: Path, out: Path, two_threads: None) -> None:
+    """One line of Axolotl for 18 layers; stock transformers opens the checkpoint of 0 and 1."""
+    import transformers
+
+    manifest = ckptgrow.expand(real_gemma, out, verify=False).manifest
+    axolotl = ckptgrow.mask(out, "axolotl").text or ""
+    assert "#   - '^model.layers.[0-9]+.mlp.(gate_proj|up_proj).weight$[2048:4096]'\n" in axolotl
+    ckptgrow.mask(out, "safetensors", out=out / "../mask")
+    mask, said = transformers.AutoModelForCausalLM.from_pretrained(out / "../mask", output_loading_info=True)
+    shutil.rmtree(out / "../mask")
+    assert not any(said.values())
+    held = {name: parameter.detach() for name, parameter in mask.named_parameters()}
+    assert sum(int(parameter.float().sum()) for parameter in held.values()) == manifest.counts.trainable
+    for tensor in manifest.trainable:
+        for box in tensor.boxes:
+            assert bool((held[tensor.name][tuple(slice(a, b) for a, b in box)] == 1).all())

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from ckptgrow.dialects.patterns import patterns, spelled
-from ckptgrow.dialects.subject import Subject, Trained, commented, quoted, roles
+from ckptgrow.dialects.subject import Subject, Trained, commented, head, quoted, roles
 
 PLUGIN = "ckptgrow.training.axolotl.CkptgrowPlugin"
 _MECHANISM = """
@@ -47,7 +47,7 @@ def is_rows(one: Trained) -> bool:
 
 def _lines(subject: Subject) -> Iterator[str]:
     columns = tuple(one for one in subject.trained if not is_rows(one))
-    yield from commented(f"ckptgrow mask for Axolotl. {subject.counted()}.")
+    yield from head(subject, "ckptgrow mask for Axolotl.")
     yield f"base_model: {quoted(subject.model)}"
     if subject.revision:
         yield f"revision_of_model: {quoted(subject.revision)}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ckptgrow.dialects.subject import Subject, commented, quoted
+from ckptgrow.dialects.subject import Subject, commented, head, quoted
 from ckptgrow.errors import RequestError
 
 LAUNCHER = "python -m ckptgrow.training.llamafactory"
@@ -23,7 +23,7 @@ def _lines(subject: Subject) -> Iterator[str]:
     layers, modules = span_of(subject), modules_of(subject)
     whole = [name for name in subject.frozen_names if _inside(name, subject, layers, modules)]
     lost = sum(one.frozen for one in subject.trained)
-    yield from commented(f"ckptgrow mask for LLaMA-Factory. {subject.counted()}.")
+    yield from head(subject, "ckptgrow mask for LLaMA-Factory.")
     yield from commented(
         f"EXACT, whatever the weight decay: save this with your data and training arguments as train.yaml and run\n"
         f"    {LAUNCHER} train.yaml\nin place of `llamafactory-cli train train.yaml`. It freezes what the manifest says"
@@ -33,8 +33,8 @@ def _lines(subject: Subject) -> Iterator[str]:
     lines += [f"{len(whole)} tensors that are frozen whole"] if whole else []
     if lines:
         yield from commented(
-            f"NOT EXACT with `llamafactory-cli`: YAML knows whole modules only, so {' and '.join(lines)} train too,"
-            "\nand nothing in it can mask them. `ckptgrow audit` reports that afterwards."
+            f"NOT EXACT with `llamafactory-cli`: YAML knows whole modules only, so\n{' and '.join(lines)} train too."
+            "\nNothing in it can mask them. `ckptgrow audit` reports that afterwards."
         )
     else:
         yield from commented("These lines alone say it too: whatever they unfreeze trains whole.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptgrow.dialects.patterns import patterns
-from ckptgrow.dialects.subject import Subject, commented
+from ckptgrow.dialects.subject import Subject, commented, head
 from ckptgrow.errors import RequestError
 
 
@@ -27,7 +27,7 @@ def targets(subject: Subject) -> str:
 
 def _lines(subject: Subject) -> Iterator[str]:
     biases = [one for one in subject.trained if one.is_bias]
-    yield from commented(f"ckptgrow mask for PEFT: a LoRA confined to what trains. {subject.counted()}.")
+    yield from head(subject, "ckptgrow mask for PEFT: a LoRA confined to what trains.")
     yield from commented(
         "A LoRA has no such setting: LoraConfig alone adapts whole layers, and merging it moves the frozen part.\n"
         "`confine` keeps zero the rows of B (gate, up) and the columns of A (down) that reach frozen elements, and\n"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ckptgrow.dialects.subject import Subject, Trained, commented
+from ckptgrow.dialects.subject import Subject, Trained, caveats, commented, head
 
 NOTES = (
     "boxes: one half-open, zero-based [start, stop) pair per dimension, by the tensor's name on disk. Whatever is in no"
@@ -23,7 +23,7 @@ NOTES = (
 def as_json(subject: Subject) -> str:
     """The boxes by tensor name; what JSON cannot express stands under `notes`. One tensor a line."""
     manifest = subject.manifest
-    head: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "format": "ckptgrow.mask",
         "version": 1,
         "manifest": manifest.digest,
@@ -33,8 +33,9 @@ def as_json(subject: Subject) -> str:
         "training": {"weight_decay_on_these_tensors": 0, "optimizer_state": "fresh"},
         "tied": dict(manifest.ties),
     }
-    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    lines.append('  "notes": [\n' + ",\n".join(f"    {json.dumps(note)}" for note in NOTES) + "\n  ]")
+    notes = (*NOTES, *caveats(subject))
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
+    lines.append('  "notes": [\n' + ",\n".join(f"    {json.dumps(note)}" for note in notes) + "\n  ]")
     tensors = (f"    {json.dumps(t.tensor.name)}: {json.dumps(_described(t))}" for t in subject.trained)
     lines.append('  "tensors": {\n' + ",\n".join(tensors) + "\n  }")
     return "{\n" + ",\n".join(lines) + "\n}\n"
@@ -54,7 +55,7 @@ def as_names(subject: Subject) -> str:
 
 def _names(subject: Subject) -> Iterator[str]:
     partly = [one for one in subject.trained if not one.whole]
-    yield from commented(f"Tensors that hold something trainable. {subject.counted()}.")
+    yield from head(subject, "Tensors that hold something trainable.")
     if any(one.name != one.tensor.name for one in subject.trained):
         yield from commented("Names are those of a transformers model in memory; on disk the prefix differs.")
     if partly:

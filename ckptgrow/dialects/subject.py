@@ -91,6 +91,23 @@ def _trained(tensor: Trainable, manifest: Manifest) -> Trained:
     return Trained(tensor, manifest.in_memory_names.get(tensor.name, tensor.name), axis, spans)
 
 
+STACKED = (
+    "Experts are one tensor each on disk; transformers 5 stacks those of a layer in memory under a name that is not"
+    " here. A mask of --format safetensors is stacked alike."
+)
+
+
+def caveats(subject: Subject) -> tuple[str, ...]:
+    """What to say wherever names are given that a transformers model may not have."""
+    numbers = (sum(part.isdecimal() for part in one.name.split(".")) for one in subject.trained)
+    return (STACKED,) if max(numbers, default=0) > 1 and "experts" in subject.trained[0].name else ()
+
+
+def head(subject: Subject, title: str) -> Iterator[str]:
+    """The first lines of a text: what it is, what trains, and what to beware of."""
+    yield from commented("\n".join([title, f"{subject.counted()}.", *caveats(subject)]))
+
+
 def roles(trained: tuple[Trained, ...]) -> str:
     """How many tensors of which kind: `18 gate, 18 up`."""
     found = Counter(one.tensor.role for one in trained)
