@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import logging
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoints
@@ -233,17 +235,21 @@ def freeze_by_our_words(model: nn.Module, entries: list[str]) -> None:
             parameter.register_hook(partial(torch.mul, kept))
 
 
+def source_of(package: str, file: str) -> str:
+    """A file of a trainer, read without importing the trainer; `pip install --no-deps` is enough for it."""
+    found = importlib.util.find_spec(package)
+    for place in (found.submodule_search_locations or []) if found else []:
+        if Path(place, file).is_file():
+            return Path(place, file).read_text()
+    pytest.skip(f"runs {package}'s own {file}, and {package} is not installed (pip install --no-deps {package})")
+
+
 def their_freeze() -> Freeze:
     """Axolotl's own function, from its own file; what that file imports of the rest only logs."""
-    found = importlib.util.find_spec("axolotl")
-    places = list(found.submodule_search_locations or []) if found else []
-    file = next((p for place in places if (p := Path(place, "utils/freeze.py")).is_file()), None)
-    if file is None:
-        pytest.skip("runs Axolotl's own utils/freeze.py, and axolotl is not installed (pip install --no-deps axolotl)")
     quiet: dict[str, Any] = {"is_main_process": bool, "get_logger": logging.getLogger}
-    source = re.sub(r"^from axolotl\..*$", "", file.read_text(), flags=re.MULTILINE)
+    source = re.sub(r"^from axolotl\..*$", "", source_of("axolotl", "utils/freeze.py"), flags=re.MULTILINE)
     names = {"__name__": "freeze"} | quiet
-    exec(compile(source, str(file), "exec"), names)
+    exec(compile(source, "freeze", "exec"), names)
     theirs: Freeze = names["freeze_layers_except"]
     return theirs
 
@@ -357,6 +363,58 @@ def test_llamafactory_takes_the_fewest_layers(layers: str, span: int, tmp_path: 
     base = checkpoints.make(tmp_path / "base", "llama", layers=5)
     grown = ckptgrow.expand(base, tmp_path / "grown", layers=layers).folder
     assert yaml_of(ckptgrow.mask(grown, "llamafactory").text or "")["freeze_trainable_layers"] == span
+
+
+def tuned_by_our_words(model: nn.Module, layers: int, modules: list[str]) -> None:
+    """LLaMA-Factory's freeze tuning, written down again: the last or first layers, by a part of the name."""
+    chosen = range(DEPTH)[-layers:] if layers > 0 else range(-layers)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(f".{layer}.{module}" in name for layer in chosen for module in modules))
+
+
+def their_tuning() -> Callable[[nn.Module, int, list[str]], None]:
+    """LLaMA-Factory's own function, cut out of its file, which imports far more than it needs."""
+    source = source_of("llamafactory", "model/adapter.py")
+    found = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "_setup_freeze_tuning")
+    silent = SimpleNamespace(info_rank0=lambda text: None)
+    names: dict[str, Any] = {"re": re, "torch": torch, "logger": silent, "COMPOSITE_MODELS": {}}
+    names["get_forbidden_modules"] = lambda config, arguments: set()
+    exec(compile(f"from __future__ import annotations\n{ast.unparse(found)}", "adapter", "exec"), names)
+
+    def tune(model: nn.Module, layers: int, modules: list[str]) -> None:
+        asked = {"freeze_trainable_layers": layers, "freeze_trainable_modules": modules, "use_llama_pro": False}
+        arguments = SimpleNamespace(**asked, freeze_extra_modules=None, freeze_multi_modal_projector=True)
+        model.config = SimpleNamespace(num_hidden_layers=DEPTH)  # type: ignore[assignment]
+        names["_setup_freeze_tuning"](model, arguments, True, False)
+
+    return tune
+
+
+DEPTH = 12
+
+
+@pytest.mark.parametrize("tune", [tuned_by_our_words, None], ids=["rules", "llamafactory"])
+@pytest.mark.parametrize("layers", [None, "1,3", "9-11"])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "phi", "gemma3", "gpt_neo"])
+def test_llamafactory_unfreezes_what_is_said(
+    model_type: str, layers: str | None, tune: Callable[[nn.Module, int, list[str]], None] | None, tmp_path: Path
+) -> None:
+    """All that trains, and beside it exactly as many tensors and elements as the comment says."""
+    tune = tune or their_tuning()
+    more = {"prefix": "language_model.model."} if model_type == "gemma3" else {}
+    base = checkpoints.make(tmp_path / "base", model_type, layers=DEPTH, hidden=2, bias=model_type == "llama", **more)
+    grown = Path(ckptgrow.expand(base, tmp_path / "grown", width=31, layers=layers).folder)
+    text, manifest = ckptgrow.mask(grown, "llamafactory").text or "", load_manifest(grown)
+    told = yaml_of(text)
+    model = Named(checkpoints.load(grown))
+    tune(model, told["freeze_trainable_layers"], told["freeze_trainable_modules"].split(","))
+    seen = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {tensor.name for tensor in manifest.trainable}
+    assert trained <= seen
+    partly = sum(torch.Size(tensor.shape).numel() - tensor.elements for tensor in manifest.trainable)
+    said = f"{partly:,} elements that are frozen in {len(trained)} tensors"
+    said += f" and {len(seen - trained)} tensors that are frozen whole" if seen - trained else ""
+    assert f"{said} train too" in text
 
 
 # ---------------------------------------------------------------- only some layers, experts, the Hub

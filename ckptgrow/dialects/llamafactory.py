@@ -61,9 +61,10 @@ def span_of(subject: Subject) -> int:
 
 
 def _inside(name: str, subject: Subject, layers: int, modules: tuple[str, ...]) -> bool:
-    """Whether LLaMA-Factory would unfreeze this tensor: it looks for `.LAYER.MODULE` in the name."""
+    """Whether LLaMA-Factory would unfreeze this tensor: it looks for `.LAYER.MODULE` in the name, not in towers."""
     chosen = range(subject.depth)[-layers:] if layers > 0 else range(-layers)
-    return any(f".{layer}.{module}" in name for layer in chosen for module in modules)
+    stacks = {one.name.partition(f".{one.tensor.layer}.")[0] for one in subject.trained}
+    return any(name.startswith(f"{stack}.{layer}.{m}") for stack in stacks for layer in chosen for m in modules)
 
 
 def _below(name: str, layer: int) -> str:
