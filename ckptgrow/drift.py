@@ -153,14 +153,22 @@ def compare_names(reference: Reference, trained: Trained) -> Job:
     return Job(reference, trained, tuple(pairs), tuple(findings), (*reference.notes, *matching.notes))
 
 
+# What stands in a name where a tensor was saved before it was put together again, and what to do.
+_PARTS = "a part of a split tensor: ckptgrow.training.whole puts both together"
+_UNFINISHED = {
+    ".parametrizations.": "a parametrization stands in its place: remove_parametrizations before saving",
+    "_frozen.": _PARTS,
+    "_trained.": _PARTS,
+}
+
+
 def _misplaced(matching: Matching) -> Iterator[Finding]:
     """Trained tensors that are none of the grown ones, or twice the same, and grown ones that are not there."""
     for name, owner in matching.doubles.items():
         yield Finding(name, f"it and {matching.names[owner]} are both {owner}")
     for name in matching.strangers:
-        split = ".parametrizations." in name
-        way_out = "a parametrization stands in its place: remove_parametrizations before saving"
-        yield Finding(name, way_out if split else "the grown checkpoint has no such tensor")
+        ways_out = (way_out for mark, way_out in _UNFINISHED.items() if mark in name + ".")
+        yield Finding(name, next(ways_out, "the grown checkpoint has no such tensor"))
     yield from (Finding(name, "it is missing") for name in matching.missing)
 
 

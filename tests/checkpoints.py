@@ -22,6 +22,19 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 Tensors = dict[str, torch.Tensor]
+# Of a tiny model that transformers makes, of any family.
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def make(

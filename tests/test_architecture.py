@@ -43,6 +43,7 @@ ORDER = [
     "repair",
     "training.cut",
     "training.resolve",
+    "training.masters",
     "training.handle",
     "training.split",
     "training.mask",

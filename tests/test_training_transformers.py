@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("transformers", reason="trains real transformers models, which is not installed")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate, which is not installed")
 
+import checkpoints
 import torch
 import transformers
 from torch import Tensor, nn
@@ -27,18 +28,6 @@ from ckptgrow.training.transformers import FreezeCallback
 
 pytestmark = pytest.mark.transformers
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"mlp_bias": True, "tie_word_embeddings": True},
     "phi3": {},
@@ -71,7 +60,7 @@ def grow(tmp_path: Path) -> Grow:
 
     def make(model_type: str = "llama", policy: str = "g-freeze") -> Path:
         torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **{**COMMON, **MODELS[model_type]})
+        config = AutoConfig.for_model(model_type, **{**checkpoints.TINY, **MODELS[model_type]})
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")  # type: ignore[no-untyped-call]
         return Path(ckptgrow.expand(tmp_path / "base", tmp_path / "grown", policy=policy).folder)
 

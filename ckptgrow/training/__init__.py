@@ -13,20 +13,21 @@ wrapped already, with `handle.guard(optimizer)`. Hugging Face's trainers: `ckptg
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from ckptgrow.manifest import Manifest
+from ckptgrow.manifest import Manifest, load_manifest
 from ckptgrow.training.handle import KEPT_AS, Handle, Stats
-from ckptgrow.training.mask import MaskHandle, check_maskable
+from ckptgrow.training.mask import MaskHandle, check_hooks_run, check_maskable
 from ckptgrow.training.resolve import FreezeError, find_manifest, resolve
-from ckptgrow.training.split import SplitHandle, SplitLinear, check_splittable
+from ckptgrow.training.split import SplitHandle, SplitLinear, check_splittable, check_unwrapped, put_together
 
 How = Literal["split", "mask"]
 
-__all__ = ["FreezeError", "Handle", "How", "SplitLinear", "Stats", "freeze", "require_grad"]
+__all__ = ["FreezeError", "Handle", "How", "SplitLinear", "Stats", "freeze", "require_grad", "whole"]
 
 
 def freeze(model: nn.Module, manifest: Manifest | Path | str | None = None, how: How = "split") -> Handle:
@@ -37,25 +38,36 @@ def freeze(model: nn.Module, manifest: Manifest | Path | str | None = None, how:
     FSDP2, which replaces parameters.
     """
     _check_free(model)
+    if how not in ("split", "mask"):
+        raise FreezeError(f"how={how!r}: there are 'split' and 'mask'")
+    check_unwrapped(model) if how == "split" else check_hooks_run(model)
     manifest = find_manifest(model, manifest)
     targets = resolve(model, manifest)
     if how == "split":
         check_splittable(model, targets)
         return SplitHandle(model, manifest, targets)
-    if how == "mask":
-        check_maskable(model, targets)
-        return MaskHandle(model, manifest, targets)
-    raise FreezeError(f"how={how!r}: there are 'split' and 'mask'")
+    check_maskable(model, targets)
+    return MaskHandle(model, manifest, targets)
 
 
 def require_grad(model: nn.Module, manifest: Manifest | Path | str | None = None) -> None:
     """Only set requires_grad, tensor by tensor: for trainers that make the optimizer before hooks can be set."""
     _check_free(model)
+    check_hooks_run(model)
     targets = resolve(model, find_manifest(model, manifest))
     check_maskable(model, targets)
     model.requires_grad_(False)
     for target in targets:
         target.parameter.requires_grad_(True)
+
+
+def whole(state: Mapping[str, Tensor], manifest: Manifest | Path | str) -> dict[str, Tensor]:
+    """The checkpoint's own names and shapes, of a state dict that holds the two parts of split tensors.
+
+    For what DeepSpeed puts together from parameters (zero_to_fp32, ZeRO-3's 16-bit export); `model.state_dict()` and
+    `save_pretrained` are whole already. Raises FreezeError where one of two parts is missing.
+    """
+    return put_together(state, manifest if isinstance(manifest, Manifest) else load_manifest(Path(manifest)))
 
 
 def _check_free(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckptgrow.manifest import Manifest
 from ckptgrow.training.cut import Cut, fingerprint
+from ckptgrow.training.masters import has_masters
 from ckptgrow.training.resolve import FreezeError, Target
 
 
@@ -83,9 +84,9 @@ class Handle(ABC):
     def _frozen(self) -> Iterator[tuple[str, Tensor, Cut | None]]:
         """Every parameter with frozen elements; where a cut is given, only its frozen ranges are meant."""
 
-    def guard(self, optimizer: Optimizer) -> None:
-        """Make it impossible that this optimizer moves frozen elements. A split needs nothing but the check."""
-        self.check(optimizer)
+    def guard(self, *optimizers: Optimizer) -> None:
+        """Make it impossible that these optimizers move frozen elements. A split needs nothing but the check."""
+        self.check(*optimizers)
 
     def stats(self) -> Stats:
         """How much trains. Tied parameters count once."""
@@ -106,7 +107,7 @@ class Handle(ABC):
         optimizers = tuple(map(unwrapped, optimizers))
         held = {id(p) for optimizer in optimizers for p in _parameters(optimizer)}
         for name, parameter in self.trained().items():
-            if held and id(parameter) not in held:
+            if held and id(parameter) not in held and not has_masters(parameter):
                 raise FreezeError(
                     "it trains, but the optimizer does not hold it",
                     tensor=name,
@@ -162,10 +163,12 @@ def _first_step(reference: weakref.ref[Handle]) -> Any:
     return hook
 
 
-def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that steps: accelerate's wrapper takes no hooks."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, Optimizer) else optimizer
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer that steps: the wrappers of accelerate and DeepSpeed take no hooks."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    found: Optimizer = optimizer
+    return found
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -179,8 +182,8 @@ def _elements(parameter: Tensor) -> int:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a DTensor; any other tensor as it is."""
-    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    """This process's shard of a DTensor, or piece under ZeRO-3; any other tensor as it is."""
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else getattr(tensor, "ds_tensor", tensor)
     return shard.detach()
 
 

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ckptgrow.training.cut import Cut
 from ckptgrow.training.handle import Handle, local, unwrapped
+from ckptgrow.training.masters import Master, has_masters, steps_on
 from ckptgrow.training.resolve import FreezeError, Target
 
 # Keys of an optimizer's groups that shrink a weight whose gradient is zero; `lambd` is ASGD's.
@@ -35,6 +36,7 @@ class MaskHandle(Handle):
         self._hooks: list[RemovableHandle] = []
         self._fired: set[str] = set()
         self._kept: dict[str, list[Tensor]] = {}
+        self._masters: dict[str, Master] = {}
         self._guarded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         for target in self.targets:
             target.parameter.requires_grad_(True)
@@ -54,21 +56,32 @@ class MaskHandle(Handle):
     def trained(self) -> dict[str, Tensor]:
         return {target.name: target.parameter for target in self.targets}
 
-    def guard(self, optimizer: Optimizer) -> None:
-        """Put the frozen elements back after each step of this optimizer, from a copy that is made now."""
-        optimizer = unwrapped(optimizer)
+    def guard(self, *optimizers: Optimizer) -> None:
+        """Put the frozen elements back after each step of these optimizers, from a copy that is made now.
+
+        With DeepSpeed it comes after `deepspeed.initialize`, which makes the masters that are stepped on.
+        """
         for target, parameter, cut in self._masked():
-            if target.name not in self._kept:
+            if has_masters(parameter):
+                self._masters[target.name] = Master(parameter, target.tensor.shape, cut)
+            elif target.name not in self._kept:
                 self._kept[target.name] = [part.clone() for part in cut.slices(local(parameter), cut.frozen)]
-        self._hooks.append(optimizer.register_step_post_hook(self._restore))
-        self._guarded.add(optimizer)
-        self.check(optimizer)
+        for optimizer in map(unwrapped, optimizers):
+            self._hooks.append(optimizer.register_step_post_hook(self._restore))
+            self._guarded.add(optimizer)
+        self.check(*optimizers)
 
     def _masked(self) -> Iterator[tuple[Target, Tensor, Cut]]:
         """The parameters as they are now, each with its cut as this process's shard sees it."""
         for target in self.targets:
             if target.cut is not None:
                 parameter = target.parameter
+                if not hasattr(parameter, "ds_tensor") and tuple(parameter.shape) != target.tensor.shape:
+                    raise FreezeError(
+                        f"it has been taken apart since it was masked, to {list(parameter.shape)}: hooks do not run",
+                        tensor=target.name,
+                        hint='FSDP1 needs how="split" before wrapping (use_orig_params=True).',
+                    )
                 yield target, parameter, local_cut(parameter, target.cut)
 
     def _frozen(self) -> Iterator[tuple[str, Tensor, Cut | None]]:
@@ -77,7 +90,8 @@ class MaskHandle(Handle):
             if id(parameter) not in trained:
                 yield name, parameter, None
         for target, masked, cut in self._masked():
-            yield target.name, masked, cut
+            if not hasattr(masked, "ds_tensor"):  # ZeRO-3's pieces do not follow the cut
+                yield target.name, masked, cut
 
     def _cleared(self, name: str, cut: Cut, gradient: Tensor) -> Tensor:
         """The gradient, zero where frozen. A copy: autograd may still need its own."""
@@ -96,11 +110,15 @@ class MaskHandle(Handle):
 
     @torch.no_grad()
     def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for master in self._masters.values():
+            master.put_back()
         for target, parameter, cut in self._masked():
-            for part, kept in zip(cut.slices(local(parameter), cut.frozen), self._kept[target.name], strict=True):
-                part.copy_(kept)
+            if target.name in self._kept and not has_masters(parameter):
+                for part, kept in zip(cut.slices(local(parameter), cut.frozen), self._kept[target.name], strict=True):
+                    part.copy_(kept)
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
+        self._check_masters(optimizer)
         if optimizer in self._guarded:
             return
         masked = {id(held): (target.name, cut) for target, held, cut in self._masked()}
@@ -113,32 +131,54 @@ class MaskHandle(Handle):
                 if _remembers(optimizer.state.get(parameter, {}), parameter, cut):
                     raise FreezeError("the optimizer's state would move its frozen part", tensor=name, hint=_GUARD)
 
+    def _check_masters(self, optimizer: Optimizer) -> None:
+        """Of an optimizer inside DeepSpeed's: it holds pieces of masters, in which no parameter can be found."""
+        stepped = [target for target, parameter, _ in self._masked() if steps_on(optimizer, parameter)]
+        decays = [f"{key}={group[key]}" for group in optimizer.param_groups for key in _DECAYS if group.get(key)]
+        for target in stepped if decays else ():
+            if optimizer not in self._guarded or target.name not in self._masters:
+                raise FreezeError(
+                    f"{decays[0]} would move its frozen part in DeepSpeed's float32 copy",
+                    tensor=target.name,
+                    hint="Call handle.guard(engine.optimizer) after deepspeed.initialize, or switch that off.",
+                )
+
     def _check_gradients(self, optimizer: Optimizer) -> None:
         """Did every hook fire? Some wrappers replace parameters, some hand over gradients behind autograd's back."""
         super()._check_gradients(optimizer)
+        mastered = [target.name for target, parameter, _ in self._masked() if steps_on(optimizer, parameter)]
+        if mastered and not self._fired:  # DeepSpeed has taken the gradients away by now
+            raise _unmasked(mastered[0])
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for target, parameter, cut in self._masked():
             if id(parameter) not in held or parameter.grad is None:
                 continue
             if target.name not in self._fired or _any(local(parameter.grad), cut):
-                raise FreezeError(
-                    "its gradient was not masked: the hook did not fire, or something wrote after it",
-                    tensor=target.name,
-                    hint="Freeze after the model has been wrapped or sharded, and before the first step.",
-                )
+                raise _unmasked(target.name)
 
 
-def check_maskable(model: nn.Module, targets: tuple[Target, ...]) -> None:
-    """Raise FreezeError where no hook would ever see a gradient; nothing has been touched yet."""
-    wrappers = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
-    if "FullyShardedDataParallel" in wrappers:
+def _unmasked(name: str) -> FreezeError:
+    return FreezeError(
+        "its gradient was not masked: the hook did not fire, or something wrote after it",
+        tensor=name,
+        hint="Freeze after the model has been wrapped or sharded, and before the first step.",
+    )
+
+
+def check_hooks_run(model: nn.Module) -> None:
+    """Raise FreezeError where a wrapper never runs the hooks of parameters."""
+    if "FullyShardedDataParallel" in _kinds(model):
         raise FreezeError(
             "the model is wrapped in FSDP1, which never runs hooks of parameters",
             hint='Use how="split" before wrapping (use_orig_params=True), or FSDP2.',
         )
+
+
+def check_maskable(model: nn.Module, targets: tuple[Target, ...]) -> None:
+    """Raise FreezeError where no hook would ever see a gradient; nothing has been touched yet."""
     wanted = {id(target.parameter) for target in targets}
     still = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in wanted]
-    if "DistributedDataParallel" in wrappers and still:
+    if "DistributedDataParallel" in _kinds(model) and still:
         raise FreezeError(
             "DDP waits for the gradient of whatever required one when it wrapped the model",
             tensor=still[0],
@@ -151,6 +191,10 @@ def check_maskable(model: nn.Module, targets: tuple[Target, ...]) -> None:
                 tensor=target.tensor.name,
                 hint="Switch gradient accumulation fusion off.",
             )
+
+
+def _kinds(model: nn.Module) -> set[str]:
+    return {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
 
 
 def local_cut(parameter: Tensor, cut: Cut) -> Cut:

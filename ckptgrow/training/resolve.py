@@ -62,8 +62,14 @@ def find_manifest(model: nn.Module, manifest: Manifest | Path | str | None) -> M
 def resolve(model: nn.Module, manifest: Manifest) -> tuple[Target, ...]:
     """The model's parameter for every trainable tensor of the manifest. Raises FreezeError, changes nothing."""
     named = dict(model.named_parameters(remove_duplicate=False))
-    plain = {_plain(name): name for name in named}
+    plain = {plain_name(name): name for name in named}
     return tuple(_target(model, named, plain, tensor, manifest) for tensor in manifest.trainable)
+
+
+def cuts_by_name(manifest: Manifest) -> dict[str, Cut]:
+    """The cut of every half-frozen tensor, under each of the names it may be held by, wrappers taken off."""
+    cuts = ((tensor.name, _cut(tensor)) for tensor in manifest.trainable)
+    return {plain_name(known): cut for name, cut in cuts if cut is not None for known in _candidates(name, manifest)}
 
 
 def _target(
@@ -104,7 +110,7 @@ def _candidates(name: str, manifest: Manifest) -> Iterator[str]:
             yield known.removeprefix("model.")
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A parameter's name without what wrappers, and PEFT, put into it."""
     return _LEADING.sub("", plain(name, WRAPPERS | {"base_layer"}))
 

@@ -3,7 +3,8 @@
 No optimizer, decay, clipping or 8-bit state ever sees the frozen part, and gradients and optimizer state are as small
 as what trains. The forward pass multiplies by the whole weight, put together for that moment, so its result has the
 bits of the unsplit layer; the backward pass makes the gradient of the trained part alone. On disk nothing changes:
-a state dict has the unsplit names and shapes.
+a state dict has the unsplit names and shapes. What is put together from parameters instead, as DeepSpeed does, has
+the two parts, and `put_together` makes it a state dict.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from ckptgrow.manifest import Manifest
 from ckptgrow.training.cut import Cut, Span, interleave
 from ckptgrow.training.handle import Handle
-from ckptgrow.training.resolve import FreezeError, Target
+from ckptgrow.training.resolve import FreezeError, Target, cuts_by_name, plain_name
 
 FROZEN, TRAINED = "_frozen", "_trained"
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
@@ -64,18 +66,27 @@ def _columns(tensor: Tensor, spans: tuple[Span, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
+class _Whole:
+    """`weight` or `bias` of a SplitLinear, to read. FSDP1 sets its views on the layer itself, and they come first."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layer: SplitLinear, owner: type) -> Any:
+        if self._name in layer.cuts:
+            return layer.whole(self._name)
+        if self._name in layer._parameters:
+            return layer._parameters[self._name]
+        raise AttributeError(self._name)
+
+
 class SplitLinear(nn.Linear):
     """A Linear whose weight, bias or both are kept in two parts. `weight` and `bias` give them whole, to read."""
 
     cuts: Mapping[str, Cut]
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        return self.whole("weight")
-
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        return None if "bias" in self._parameters and self._parameters["bias"] is None else self.whole("bias")
+    weight = _Whole()
+    bias = _Whole()
 
     def whole(self, attribute: str) -> Tensor:
         """The parameter in one piece: made anew where it is cut."""
@@ -169,6 +180,22 @@ def join(linear: SplitLinear) -> None:
         linear.register_parameter(attribute, parameter)
 
 
+def put_together(state: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
+    """A state dict with split tensors in one piece, under the checkpoint's names; a plain one comes back as it is."""
+    cuts, found = cuts_by_name(manifest), dict[str, Tensor]()
+    for name, tensor in state.items():
+        stem = name.removesuffix(FROZEN).removesuffix(TRAINED)
+        cut = cuts.get(plain_name(stem))
+        if stem == name or cut is None:
+            found[name] = tensor
+        elif stem not in found:
+            parts = [state.get(stem + suffix) for suffix in (FROZEN, TRAINED)]
+            if parts[0] is None or parts[1] is None:
+                raise FreezeError(f"{name} is there without its other part", tensor=stem)
+            found[stem] = interleave(parts[0], parts[1], cut.axis, cut.order)
+    return found
+
+
 class SplitHandle(Handle):
     """A model whose half-frozen Linear layers are split."""
 
@@ -198,12 +225,16 @@ class SplitHandle(Handle):
                 yield name, parameter, None
 
 
-def check_splittable(model: nn.Module, targets: tuple[Target, ...]) -> None:
-    """Raise FreezeError where a layer cannot be split; nothing has been touched yet."""
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise FreezeError where a wrapper has taken note of the parameters that a split would replace."""
     for module in model.modules():
         wrapper = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
         if wrapper:
             raise FreezeError(f"the model is already wrapped ({wrapper}) and cannot be split", hint=_OFFER)
+
+
+def check_splittable(model: nn.Module, targets: tuple[Target, ...]) -> None:
+    """Raise FreezeError where a layer cannot be split; nothing has been touched yet."""
     uses: dict[int, int] = defaultdict(int)
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] += 1

@@ -44,10 +44,7 @@ class FreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self.handle = freeze(has["model"], self.manifest, self.how)
         if self.handle is None:
             return
-        if args.deepspeed:  # its optimizer holds flat copies, in which no parameter can be found again
-            self.handle.check()
-        else:
-            self.handle.guard(has["optimizer"])
+        self.handle.guard(has["optimizer"])
         self.leads = state.is_world_process_zero
         if self.leads:
             print(f"ckptgrow: {self.handle.stats()}")
