@@ -101,9 +101,7 @@ class Handle(ABC):
         Raises FreezeError naming the first parameter for which the answer is no. A parameter that a wrapper has cut
         up since cannot be compared here; the saved checkpoint can.
         """
-        for name, tensor, cut in self._frozen():
-            if not _same(self._prints.get(name), tensor, cut):
-                raise FreezeError("frozen elements have moved", tensor=name, hint="Restore them from the grown model.")
+        self._check_bits(self._frozen())
         optimizers = tuple(map(unwrapped, optimizers))
         held = {id(p) for optimizer in optimizers for p in _parameters(optimizer)}
         for name, parameter in self.trained().items():
@@ -115,6 +113,11 @@ class Handle(ABC):
                 )
         for optimizer in optimizers:
             self._check_optimizer(optimizer)
+
+    def _check_bits(self, frozen: Iterable[tuple[str, Tensor, Cut | None]]) -> None:
+        for name, tensor, cut in frozen:
+            if not _same(self._prints.get(name), tensor, cut):
+                raise FreezeError("frozen elements have moved", tensor=name, hint="Restore them from the grown model.")
 
     def remove(self) -> None:
         """The model as it was before, with what it has learned: plain modules, no hooks, requires_grad as before."""

@@ -38,6 +38,8 @@ class MaskHandle(Handle):
         self._kept: dict[str, list[Tensor]] = {}
         self._masters: dict[str, Master] = {}
         self._guarded: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._swaps: list[tuple[Optimizer, str]] = []
+        self._steps: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         for target in self.targets:
             target.parameter.requires_grad_(True)
         for target, parameter, cut in self._masked():
@@ -52,6 +54,8 @@ class MaskHandle(Handle):
     def _uninstall(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        for optimizer, swap in self._swaps:
+            optimizer.__dict__.pop(swap, None)
 
     def trained(self) -> dict[str, Tensor]:
         return {target.name: target.parameter for target in self.targets}
@@ -69,7 +73,34 @@ class MaskHandle(Handle):
         for optimizer in map(unwrapped, optimizers):
             self._hooks.append(optimizer.register_step_post_hook(self._restore))
             self._guarded.add(optimizer)
+            self._guard_swaps(optimizer)
         self.check(*optimizers)
+
+    def _guard_swaps(self, optimizer: Any) -> None:
+        """Schedule-free optimizers have their own `train` and `eval`, which exchange the weights for an average."""
+        for swap in ("train", "eval"):
+            plain = getattr(optimizer, swap, None)
+            if callable(plain) and swap not in optimizer.__dict__:
+                setattr(optimizer, swap, partial(self._swapped, optimizer, plain))
+                self._swaps.append((optimizer, swap))
+
+    def _swapped(self, optimizer: Optimizer, swap: Any, *args: Any, **kwargs: Any) -> Any:
+        result = swap(*args, **kwargs)
+        self._restore(optimizer, args, kwargs)
+        return result
+
+    def before_first_step(self, optimizer: Optimizer) -> None:
+        super().before_first_step(optimizer)
+        self._look_again(optimizer)
+
+    def _look_again(self, optimizer: Optimizer) -> None:
+        """What shows in no setting and no state: 8-bit moments round a zero up. Looks after 1, 2, 4, 8, ... steps."""
+        taken = self._steps.get(optimizer, 0)
+        self._steps[optimizer] = taken + 1
+        if taken & (taken - 1) or not taken or optimizer in self._guarded:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._check_bits((name, p, cut) for name, p, cut in self._frozen() if id(p) in held)
 
     def _masked(self) -> Iterator[tuple[Target, Tensor, Cut]]:
         """The parameters as they are now, each with its cut as this process's shard sees it."""
@@ -112,8 +143,11 @@ class MaskHandle(Handle):
     def _restore(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for master in self._masters.values():
             master.put_back()
+        held = {
+            id(p) for group in optimizer.param_groups for p in group["params"]
+        }  # autograd may still need the others
         for target, parameter, cut in self._masked():
-            if target.name in self._kept and not has_masters(parameter):
+            if target.name in self._kept and id(parameter) in held:
                 for part, kept in zip(cut.slices(local(parameter), cut.frozen), self._kept[target.name], strict=True):
                     part.copy_(kept)
 
