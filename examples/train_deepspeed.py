@@ -1,4 +1,4 @@
-"""Train only what is new with DeepSpeed ZeRO-3 on CPU. For the options see tiny.py; a mask cannot be guarded here.
+"""Train only what is new with DeepSpeed ZeRO-3 on CPU. For the options see tiny.py.
 
     python examples/train_deepspeed.py [--model gemma-3-270m]
     DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node 2 examples/train_deepspeed.py --out OUT
@@ -43,9 +43,9 @@ def main(asked: tiny.Asked) -> None:
     handle = freeze(model, how=asked.how)
     if rank == 0:
         print(handle.stats())
-    decay = tiny.DECAY if asked.how == "split" else 0.0
-    optimizer = torch.optim.AdamW(handle.trained().values(), lr=asked.rate, weight_decay=decay)
+    optimizer = torch.optim.AdamW(handle.trained().values(), lr=asked.rate, weight_decay=tiny.DECAY)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
+    handle.guard(engine.optimizer)  # only now are there the float32 copies that DeepSpeed steps on
 
     data, losses = tiny.rows(grown), []
     for step in range(asked.steps):
