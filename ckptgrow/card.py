@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ckptgrow.layers import spelled
+from ckptgrow.layers import named
 from ckptgrow.manifest import Manifest
 from ckptgrow.policy import POLICIES
 
@@ -72,7 +72,7 @@ def _done(manifest: Manifest) -> Iterator[str]:
 def _which(manifest: Manifest) -> str:
     """Which layers were widened, from which width to which."""
     grown = [block for block in manifest.blocks if not block.filled]
-    layers = f"its {len(grown)} layers" if manifest.layers is None else f"layers {spelled(manifest.layers)}"
+    layers = f"its {len(grown)} layers" if manifest.layers is None else named(manifest.layers)
     steps = dict.fromkeys(f"from {block.old_width:,} to {block.new_width:,}" for block in grown)
     return f"{layers} widened {', '.join(steps)} units"
 

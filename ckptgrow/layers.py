@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from ckptgrow.errors import FormatError, RequestError
@@ -36,6 +36,11 @@ def spelled(layers: Iterable[int]) -> str:
         else:
             spans.append([layer])
     return ", ".join("-".join(map(str, span)) for span in spans)
+
+
+def named(layers: Collection[int]) -> str:
+    """Ascending layers as they are spoken of: layer 12, layers 3-7, 12."""
+    return f"layer{'s' if len(layers) > 1 else ''} {spelled(layers)}"
 
 
 def ranked(text: bytes, file: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ckptgrow.layers import spelled
+from ckptgrow.layers import named
 from ckptgrow.plan import Output, Rule, Share, joined
 
 Extent = Literal["new", "all"]
@@ -109,7 +109,7 @@ def said(
     old: int, new: int, policy: Policy, choice: ShareChoice, layers: tuple[int, ...] | None = None
 ) -> Iterator[str]:
     """How the columns of down are shared out, and why: a sentence for each number of copies that occurs."""
-    where = f" in layers {spelled(layers)}" if layers else ""
+    where = f" in {named(layers)}" if layers else ""
     for count, units in kinds(old, new):
         if count == 1:
             yield f"the other {len(units):,} units{where} are not copied"

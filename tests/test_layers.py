@@ -21,7 +21,7 @@ from strategies import FREE, LAW, config_of, growths, infos_of, same_function, t
 import ckptgrow
 from ckptgrow.cli import main
 from ckptgrow.families import locate
-from ckptgrow.layers import chosen, ranked, spelled
+from ckptgrow.layers import chosen, named, ranked, spelled
 from ckptgrow.manifest import load_manifest
 from ckptgrow.plan import Edit, Output, Part, Plan, Share, Term, unchanged
 from ckptgrow.policy import POLICIES
@@ -64,6 +64,7 @@ def test_words_that_name_none(asked: Any) -> None:
 def test_spelled_is_the_inverse(layers: set[int]) -> None:
     """What is said of layers can be given back."""
     assert chosen(spelled(sorted(layers))) == tuple(sorted(layers))
+    assert named(sorted(layers)) == f"layer{'s' * (len(layers) > 1)} {spelled(sorted(layers))}"
 
 
 @pytest.mark.parametrize(
@@ -366,7 +367,7 @@ def test_what_is_said(four: Path, tmp_path: Path) -> None:
         assert "MLPs        model.layers.1.mlp: 12 -> 24 units\n" in text
         assert "MLPs        model.layers.2.mlp: 12 -> 24 units, filled with zero columns\n" in text
         assert "12 units in layers 1, 3 come in 2 copies" in text
-        assert "filling     576 parameters, 1.2 kB: layers 0, 2 do not grow" in text
+        assert "filling     576 parameters, 1.2 kB: of layers 0, 2, which only become" in text
     assert "72 units and 24 units with a zero column are 48 base units in 4 MLPs, largest error 0.0" in done
     card = (tmp_path / "out/README.md").read_text()
     assert "with the MLPs of layers 1, 3 widened from 12 to 24 units" in card

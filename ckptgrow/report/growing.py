@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptgrow.equivalence import Answer
-from ckptgrow.layers import spelled
+from ckptgrow.layers import named
 from ckptgrow.report.lines import row, size, widths
 from ckptgrow.results import Expansion, Inspection, Proposal, Verification
 
@@ -102,8 +102,8 @@ def _shared_out(what: Proposal) -> Iterator[str]:
     if what.layers_filled:
         yield row(
             "filling",
-            f"{what.parameters_filled:,} parameters, {size(what.bytes_filled)}: layers {spelled(what.layers_filled)} do"
-            " not grow, and all MLPs must have one width; it never trains and can be dropped again",
+            f"{what.parameters_filled:,} parameters, {size(what.bytes_filled)}: of {named(what.layers_filled)}, which"
+            " only become as wide as those that grow; it never trains and can be dropped again",
         )
 
 
