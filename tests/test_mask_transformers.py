@@ -271,6 +271,43 @@ def test_a_confined_lora_under_the_trainer(grow: Grow, peft: Any, tmp_path: Path
     assert seen.total("changed") > 0.5 * seen.total("trainable")
 
 
+def test_a_zero_that_moved_is_seen(grow: Grow, peft: Any) -> None:
+    """check() names the factor in which a row or column that must be zero is not."""
+    from ckptgrow.training import FreezeError
+    from ckptgrow.training.peft import confine
+
+    grown = grow()
+    for role, factor in (("up_proj", "lora_B"), ("down_proj", "lora_A")):
+        model = adapted(peft, grown)
+        handle = confine(model, grown)
+        handle.check()
+        name = next(name for name in handle.trained() if role in name and factor in name)
+        with torch.no_grad():
+            handle.trained()[name][0, 0] = 1e-30
+        with pytest.raises(FreezeError, match="frozen elements have moved") as caught:
+            handle.check()
+        assert caught.value.tensor == name
+
+
+def test_a_copy_of_the_model_merges_its_own_factors(grow: Grow, peft: Any, tmp_path: Path) -> None:
+    """Trainers copy models for averages: what a copy merges is what it has learned, and confined."""
+    from ckptgrow.training.peft import confine
+
+    grown = grow("phi3", dtype=torch.float32)
+    model = adapted(peft, grown)
+    handle = confine(model, grown)
+    untrained = copy.deepcopy(model)
+    train(model, torch.optim.AdamW(handle.trained().values(), lr=0.05))
+    untrained.merge_and_unload().save_pretrained(tmp_path / "untrained")
+    seen = ckptgrow.audit(grown, tmp_path / "untrained")
+    assert (seen.exit_code, seen.total("moved")) == (0, 0)
+    again = copy.deepcopy(model)
+    again.merge_and_unload().save_pretrained(tmp_path / "trained")
+    seen = ckptgrow.audit(grown, tmp_path / "trained")
+    assert (seen.exit_code, seen.total("moved")) == (0, 0)
+    assert seen.total("changed") > 0
+
+
 def test_the_snippet_runs(grow: Grow, peft: Any) -> None:
     """What `--format peft` prints, word for word."""
     grown = grow("phi3")
