@@ -7,6 +7,7 @@ The verbs of the command line, with the same words:
     verify(base, grown)     are they the same function?
     audit(grown, trained)   did training leave the frozen part alone?
     mask(grown, format)     what trains, in a trainer's own words
+    fold(trained, out, ...) back to a standard shape, where exact; `plan_fold` says whether it is
 
 Names are imported when they are first used, so that `ckptgrow --help` starts at once.
 """
@@ -27,14 +28,15 @@ if TYPE_CHECKING:
         PlanError,
         RequestError,
     )
-    from ckptgrow.operations import audit, expand, inspect, mask, plan_expand, verify
-    from ckptgrow.results import Expansion, Inspection, Mask, Proposal, Verification
+    from ckptgrow.operations import audit, expand, fold, inspect, mask, plan_expand, plan_fold, verify
+    from ckptgrow.results import Expansion, Folding, Inspection, Mask, Proposal, Verification
 
 __all__ = [
     "Audit",
     "CkptgrowError",
     "Expansion",
     "FamilyError",
+    "Folding",
     "FormatError",
     "HubError",
     "Inspection",
@@ -47,9 +49,11 @@ __all__ = [
     "__version__",
     "audit",
     "expand",
+    "fold",
     "inspect",
     "mask",
     "plan_expand",
+    "plan_fold",
     "verify",
 ]
 

@@ -97,6 +97,17 @@ def _train(manifest: Manifest) -> Iterator[str]:
     )
 
 
+def folded_card(name: str, layers: int, widths: tuple[int, int], sums: str, licence_lines: tuple[str, ...]) -> str:
+    """The whole text of a folded checkpoint's card. `widths`: before and after; `sums`: what became of the weights."""
+    front = ["---", "library_name: transformers", *licence_lines, "tags:", "- ckptgrow", "- folded", "---"]
+    told = (
+        f"This is `{name}` with the MLPs of its {layers} layers folded from {widths[0]:,} to {widths[1]:,} units by"
+        " [ckptgrow](https://pypi.org/project/ckptgrow/): units that are equal, parallel or dead were added to those"
+        f" that stay, so it is the same function. {sums}"
+    )
+    return "\n".join([*front, "", f"# {name}, folded", "", told, ""])
+
+
 # Run by a test on a real grown checkpoint, with `folder` set.
 SNIPPET = """
 import json

@@ -40,6 +40,20 @@ def set_value(text: str, path: str, value: Any) -> str:
     return _added(text, start, members, key, value)
 
 
+def without(text: str, key: str) -> str:
+    """The JSON text without that key of the outermost object; the inverse of adding it with `set_value`."""
+    start = _skip(text, 0)
+    members = _members(text, start)
+    if key not in members:
+        return text
+    last, names = members[key][1], list(members)
+    place = names.index(key)
+    if place:  # from the end of the member before it
+        return text[: members[names[place - 1]][1]] + text[last:]
+    after = _skip(text, last)
+    return text[: start + 1] + text[after + (text[after] == ",") :]
+
+
 def _members(text: str, start: int) -> dict[str, tuple[int, int]]:
     """Where each value of the object that begins at `start` lies: {key: (first, last)} in the text."""
     if text[start : start + 1] != "{":

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ckptgrow.checkpoint import Bits, Checkpoint
 from ckptgrow.errors import FormatError
 from ckptgrow.families import Architecture, Mlp, scoped
-from ckptgrow.numeric import Floats, decode
+from ckptgrow.numeric import Floats, decode, rounded
 from ckptgrow.units import (
     BLOCK_BYTES,
     Picked,
@@ -85,17 +85,23 @@ def untouched(base: Checkpoint, grown: Checkpoint, architecture: Architecture, p
     return Answer("untouched", verdict, figure, tuple((findings + unclear)[:SHOWN]))
 
 
-def proved(base: Checkpoint, grown: Checkpoint, architecture: Architecture, progress: Progress) -> Answer:
-    """M·S = I, MLP by MLP, on the weights; the figure is the largest error of a sum of columns."""
+def proved(
+    base: Checkpoint, grown: Checkpoint, architecture: Architecture, progress: Progress, *, rounded_once: bool = False
+) -> Answer:
+    """M·S = I, MLP by MLP, on the weights; the figure is the largest error of a sum of columns.
+
+    `rounded_once`: the base's columns may be such sums rounded to the base's dtype, which need not be the grown one's.
+    """
     with _pool() as pool:
-        results = list(pool.map(lambda mlp: _prove(base, grown, mlp, progress), architecture.mlps))
+        results = list(pool.map(lambda mlp: _prove(base, grown, mlp, progress, rounded_once), architecture.mlps))
     findings = [finding for result in results for finding in result.findings]
     findings += _config_widths(grown, architecture, [result.width for result in results])
     error = max(result.error for result in results)
     units, copies = sum(mlp.width for mlp in architecture.mlps), sum(result.width for result in results)
     zero = sum(result.zero for result in results)
     loose = f" and {zero:,} unit{'s' if zero != 1 else ''} with a zero column" if zero else ""
-    figure = f"{copies - zero:,} units{loose} are {units:,} base units in {len(results)} MLPs, largest error {error!r}"
+    off = "each sum rounded once" if rounded_once and not error else f"largest error {error!r}"
+    figure = f"{copies - zero:,} units{loose} are {units:,} base units in {len(results)} MLPs, {off}"
     if findings:
         broken = len({finding.tensor for finding in findings})
         figure = f"wrong in {broken} tensor{'s' if broken != 1 else ''}, largest error {error!r}"
@@ -188,8 +194,8 @@ class _Proof:
     zero: int = 0
 
 
-def _prove(base: Checkpoint, grown: Checkpoint, mlp: Mlp, progress: Progress) -> _Proof:
-    misfits = list(_misfits(base, grown, mlp))
+def _prove(base: Checkpoint, grown: Checkpoint, mlp: Mlp, progress: Progress, rounded_once: bool) -> _Proof:
+    misfits = list(_misfits(base, grown, mlp, mlp.down if rounded_once else None))
     if misfits:
         return _Proof(0, 0.0, tuple(misfits))
     rows = [lane for name, slot in mlp.tensors.items() if name != mlp.down for lane in lanes(base, grown, name, slot)]
@@ -202,14 +208,17 @@ def _prove(base: Checkpoint, grown: Checkpoint, mlp: Mlp, progress: Progress) ->
         progress(base.infos[name].nbytes + grown.infos[name].nbytes)
     if wrong is not None:
         return _Proof(len(copies), 0.0, (Finding(wrong[0], f"unit {wrong[1]} equals no unit of the base"),))
-    sums = _Sums(base, grown, mlp, copies, originals)
+    sums = _Sums(base, grown, mlp, copies, originals, rounded_once)
     dtypes = {name: base.infos[name].dtype for name in mlp.tensors}
     findings = [*_strangers(rows, dtypes, sums.unmatched()), *_broken(rows, dtypes, sums.free()), *sums.findings()]
     return _Proof(len(copies), sums.error, tuple(findings), int(sums.zero.sum()))
 
 
-def _misfits(base: Checkpoint, grown: Checkpoint, mlp: Mlp) -> Iterator[Finding]:
-    """Tensors of the grown MLP that are missing or do not have the shape of one MLP of the base's hidden size."""
+def _misfits(base: Checkpoint, grown: Checkpoint, mlp: Mlp, any_dtype: str | None) -> Iterator[Finding]:
+    """Tensors of the grown MLP that are missing or do not have the shape of one MLP of the base's hidden size.
+
+    They have the base's dtypes too, but for the tensor `any_dtype`.
+    """
     missing = [name for name in mlp.tensors if name not in grown.infos]
     yield from (Finding(name, "it is missing") for name in missing)
     if missing:
@@ -219,7 +228,7 @@ def _misfits(base: Checkpoint, grown: Checkpoint, mlp: Mlp) -> Iterator[Finding]
     for name, slot in mlp.tensors.items():
         mine, its = base.infos[name], grown.infos[name]
         expected = tuple(width * len(slot.lanes) if i == slot.axis else n for i, n in enumerate(mine.shape))
-        if its.shape != expected or its.dtype != mine.dtype:
+        if its.shape != expected or (its.dtype != mine.dtype and name != any_dtype):
             problem = f"{its.dtype} {list(its.shape)}, where {mine.dtype} {list(expected)} belongs to width {width}"
             yield Finding(name, problem)
 
@@ -255,9 +264,12 @@ def _broken(rows: list[Rows], dtypes: Mapping[str, str], free: Units) -> Iterato
 class _Sums:
     """The columns of down, added up over the copies of each base unit, streamed over the slices before the axis."""
 
-    def __init__(self, base: Checkpoint, grown: Checkpoint, mlp: Mlp, copies: Units, originals: Units) -> None:
+    def __init__(
+        self, base: Checkpoint, grown: Checkpoint, mlp: Mlp, copies: Units, originals: Units, rounded_once: bool
+    ) -> None:
         self.name, slot = mlp.down, mlp.tensors[mlp.down]
-        self.dtype, self.copies, self.originals = base.infos[mlp.down].dtype, copies, originals
+        self._dtypes = (base.infos[mlp.down].dtype, grown.infos[mlp.down].dtype)
+        self.copies, self.originals, self._rounded_once = copies, originals, rounded_once
         self._mine, self._its = as_units(base, mlp.down, slot), as_units(grown, mlp.down, slot)
         self._turns, self._base_turns = list(turns(copies)), list(turns(originals))
         self._lost = np.flatnonzero(copies < 0)
@@ -307,7 +319,7 @@ class _Sums:
             )
 
     def _add(self, mine: Bits, its: Bits) -> None:
-        values, base = (decode(np.ascontiguousarray(bits), self.dtype) for bits in (its, mine))
+        base, values = (decode(np.ascontiguousarray(b), d) for b, d in zip((mine, its), self._dtypes, strict=True))
         self._seen |= np.bitwise_or.reduce(its, axis=(0, 2))
         shape = (mine.shape[0], len(self.errors), mine.shape[2])
         (got, unsure), (wanted, unsure_too) = _added(values, self._turns, shape), _added(base, self._base_turns, shape)
@@ -317,6 +329,8 @@ class _Sums:
         for row, unit, i in np.argwhere(unsure | unsure_too):  # float64 was too short for a sum: add up exactly
             terms = [*values[row, self.copies == unit, i], *-base[row, self.originals == unit, i]]
             off[row, unit, i] = abs(math.fsum(terms))
+        if self._rounded_once:
+            off[rounded(got, self._dtypes[0]) == wanted] = 0.0
         np.maximum(self.errors, off.max(axis=(0, 2), initial=0.0), out=self.errors)
 
 

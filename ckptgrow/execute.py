@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ckptgrow.checkpoint import Bits, Checkpoint, Tensors
 from ckptgrow.errors import CkptgrowError, FormatError
 from ckptgrow.layout import Layout, Shard
-from ckptgrow.numeric import Floats, betas, census, decode, encode, share_of
+from ckptgrow.numeric import Floats, added, betas, census, decode, encode, share_of
 from ckptgrow.plan import Output, Part, Term
 from ckptgrow.staging import Staging
 from ckptgrow.tensors import DTYPE_BITS
@@ -207,11 +207,11 @@ def _filled(output: Output, block: Block, sources: Sources) -> tuple[Bits, int]:
 
 def _summed(output: Output, part: Part, rows: range, picked: slice, sources: Sources) -> tuple[Bits | int, int]:
     """One part, or some of its places: a value, bytes, one share, or a sum made in float64 and rounded once."""
-    inexact, total = 0, None
+    inexact, values = 0, list[Floats]()
     if part.fill:
         return encode(np.array([part.fill]), output.dtype), 0
     for term in part.terms:
-        piece = _Piece(term, rows, picked, output.axis, sources[term.source])
+        piece = Piece(term, rows, picked, output.axis, sources[term.source])
         bits, dtype = piece.bits(), piece.dtype
         if term.share:
             odd = piece.check(bits)
@@ -219,13 +219,12 @@ def _summed(output: Output, part: Part, rows: range, picked: slice, sources: Sou
             bits = share_of(bits, dtype, term.share, piece.draw)
         if len(part.terms) == 1 and term.scale == 1.0 and dtype == output.dtype:
             return bits, inexact
-        values: Floats = decode(bits, dtype) * term.scale
-        total = values if total is None else total + values
-    return (0 if total is None else encode(total, output.dtype)), inexact
+        values.append(decode(bits, dtype) * term.scale)
+    return (encode(added(values)[0], output.dtype) if values else 0), inexact
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
     """Some units of some slices of one tensor, seen as [slices, units, inner]."""
 
     term: Term

@@ -234,6 +234,17 @@ def grown_config(text: str, plan: Plan, manifest: Manifest, architecture: Archit
     return set_value(text, CONFIG_KEY, manifest.config_entry(architecture))
 
 
+def previous(manifest: Manifest) -> Manifest | None:
+    """The manifest of the base, where the base was itself grown and its manifest was there."""
+    if not manifest.history:
+        return None
+    *earlier, last = manifest.history
+    try:
+        return _typed({**last, "history": earlier})
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
 def load_manifest(path: Path) -> Manifest:
     """The manifest in a file, or in a grown checkpoint's folder. Raises FormatError for anything else."""
     path = path / MANIFEST if path.is_dir() else path

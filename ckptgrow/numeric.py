@@ -15,7 +15,8 @@ Shares (METHOD.md 2) add up to the weight in real arithmetic, for every finite b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -92,6 +93,26 @@ def rounded(values: Floats, dtype: str) -> Floats:
         grid = 1.5 * 2.0 ** (52 + form.least - form.mantissa)
         result[small] = np.copysign((values[small] + grid) - grid, values[small])
     return result
+
+
+def added(terms: Iterable[Floats]) -> tuple[Floats, Floats]:
+    """(the sum, rounded to float64 once however many terms there are; what that rounding lost).
+
+    A term of zero changes nothing, not even the sign of a zero: the shares of -0.0, -0.0 and 0.0, add up to -0.0.
+    """
+    first, *rest = terms
+    total, lost = first.copy(), np.zeros_like(first)
+    for term in rest:  # Knuth's two-sum
+        new = total + term
+        back = new - total
+        lost += (total - (new - back)) + (term - back)
+        np.copyto(total, new, where=term != 0)
+    if len(rest) > 1:  # more than one rounding: where there was any, once more without
+        for place in np.argwhere(lost != 0):
+            values = [float(term[tuple(place)]) for term in (first, *rest)]
+            total[tuple(place)] = math.fsum(values)
+            lost[tuple(place)] = math.fsum([*values, -total[tuple(place)]])
+    return total, lost
 
 
 def encode(values: Floats, dtype: str) -> Bits:

@@ -10,6 +10,7 @@ from typing import Any
 from ckptgrow.equivalence import Answer
 from ckptgrow.manifest import GrownBlock, Manifest
 from ckptgrow.plan import Plan
+from ckptgrow.sums import Rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +136,72 @@ class Mask:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"out": str(self.out) if self.out is not None else None}
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Units that do not fold, and why; the first few of them by number."""
+
+    units: int
+    why: str
+    first: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedBlock:
+    """One MLP: its width, the smallest exact one, how many units can be folded away and by what, what does not fold.
+
+    `new` counts the units behind the base's width, where that is known.
+    """
+
+    name: str
+    layer: int
+    width: int
+    smallest: int
+    equal: int
+    parallel: int
+    dead: int
+    new: int | None
+    left: tuple[Left, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Folding:
+    """What `fold` did, or with `planned` would do. `exit_code`: 0 done, 1 it does not fold to what was asked.
+
+    `width` is the new width, None where nothing was written; `widened` counts tensors that are float32 now so that no
+    sum in them is rounded.
+    """
+
+    trained: str
+    out: str
+    base_width: int | None
+    old_width: int
+    smallest: int
+    asked: int | None
+    width: int | None
+    blocks: tuple[FoldedBlock, ...]
+    rounding: Rounding
+    widened: int
+    parameters_before: int
+    parameters_after: int
+    bytes_to_write: int
+    files_left_out: tuple[str, ...]
+    planned: bool
+    plan: Plan | None = None
+    answers: tuple[Answer, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.width is not None else 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything; the whole Plan where it was only planned."""
+        described = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("plan", "answers")
+        }
+        described["blocks"] = [asdict(block) for block in self.blocks]
+        described |= {"rounding": asdict(self.rounding), "answers": [asdict(answer) for answer in self.answers]}
+        if self.planned and self.plan is not None:
+            described["plan"] = self.plan.to_json()
+        return described | {"exit_code": self.exit_code}

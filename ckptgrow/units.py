@@ -1,4 +1,4 @@
-"""Which units of two checkpoints are equal: rows are found by digest and then compared bit for bit.
+"""Which units of two checkpoints, or of one, are equal: rows are found by digest and then compared bit for bit.
 
 Everything streams over mapped files in small blocks. A tensor of an MLP is seen as [outer, units, inner], whatever its
 axis; a lane is one projection of a fused one.
@@ -42,14 +42,16 @@ class Rows:
 
 
 def lanes(base: Checkpoint, grown: Checkpoint, name: str, slot: Slot) -> Iterator[Rows]:
-    mine, its = as_units(base, name, slot), as_units(grown, name, slot)
-    for i in range(len(slot.lanes)):
-        yield Rows(name, _lane(mine, i, len(slot.lanes)), _lane(its, i, len(slot.lanes)))
+    for (_, mine), (_, its) in zip(lanes_of(base, name, slot), lanes_of(grown, name, slot), strict=True):
+        yield Rows(name, mine, its)
 
 
-def _lane(bits: Bits, i: int, count: int) -> Bits:
-    width = bits.shape[1] // count
-    return bits[:, i * width : (i + 1) * width]
+def lanes_of(checkpoint: Checkpoint, name: str, slot: Slot) -> Iterator[tuple[str, Bits]]:
+    """Each lane of a tensor, by its projection, as [outer, units, inner]."""
+    bits = as_units(checkpoint, name, slot)
+    width = bits.shape[1] // len(slot.lanes)
+    for i, lane in enumerate(slot.lanes):
+        yield lane, bits[:, i * width : (i + 1) * width]
 
 
 def as_units(checkpoint: Checkpoint, name: str, slot: Slot) -> Bits:
@@ -60,14 +62,62 @@ def as_units(checkpoint: Checkpoint, name: str, slot: Slot) -> Bits:
 def match(rows: list[Rows], digests: Callable[[Bits], Digests]) -> tuple[Units, Units]:
     """For each new unit the first base unit with the same digests, or -1; the same for the base's own units."""
     width = rows[0].base.shape[1]
-    together = np.zeros(width + rows[0].grown.shape[1], np.uint64)
-    for lane in rows:  # an odd factor between tensors, so that equal digests of gate and up do not cancel
+    earliest = firsts([np.concatenate([digests(lane.base), digests(lane.grown)]) for lane in rows])
+    return np.where(earliest[width:] < width, earliest[width:], -1), earliest[:width]
+
+
+def firsts(digests: list[Digests]) -> Units:
+    """For each unit the first one with the same digest in every lane."""
+    together = np.zeros(len(digests[0]), np.uint64)
+    for lane in digests:  # an odd factor between tensors, so that equal digests of gate and up do not cancel
         together *= np.uint64(0x9E3779B97F4A7C15)
-        together += np.concatenate([digests(lane.base), digests(lane.grown)])
+        together += lane
     _, first, classes = np.unique(together, return_index=True, return_inverse=True)
-    earliest = first[classes]
-    copies = np.where(earliest[width:] < width, earliest[width:], -1)
-    return copies.astype(np.int64), earliest[:width].astype(np.int64)
+    return first[classes].astype(np.int64)
+
+
+def alike(stacks: list[Bits]) -> Units:
+    """For each unit of one checkpoint the first one whose bits are the same in every stack, itself if there is none.
+
+    Every equality that a digest claims is checked on the bits; a unit that a digest confused stands alone.
+    """
+    found = firsts([fast_digests(bits) for bits in stacks])
+    if any(_unlike(bits, found).any() for bits in stacks):
+        found = firsts([slow_digests(bits) for bits in stacks])
+        wrong = np.logical_or.reduce([_unlike(bits, found) for bits in stacks])
+        found = np.where(wrong, np.arange(len(found)), found)
+    return found
+
+
+def _unlike(bits: Bits, found: Units) -> NDArray[np.bool_]:
+    """Which units differ from the one that is said to be like them."""
+    wrong = np.zeros(len(found), bool)
+    doubles = np.flatnonzero(found != np.arange(len(found)))
+    for some in stretches(bits, doubles):
+        wrong[some] = (bits[:, span(some)] != bits[:, span(found[some])]).any(axis=(0, 2))
+    return wrong
+
+
+def stretches(bits: Bits, units: Units) -> Iterator[Units]:
+    """These units, as many at a time as fill a block."""
+    outer, _, inner = bits.shape
+    step = max(1, BLOCK_BYTES // max(1, outer * inner * bits.itemsize))
+    yield from (units[i : i + step] for i in range(0, len(units), step))
+
+
+def largest_magnitudes(bits: Bits, initial: int = 0) -> NDArray[np.unsignedinteger[Any]]:
+    """The largest bit pattern of each unit with the sign shifted out: 0 where all is zero, and magnitudes in order."""
+    outer, units, inner = bits.shape
+    found = np.full(units, initial, bits.dtype)
+    step = max(1, BLOCK_BYTES // max(1, units * inner * bits.itemsize))
+    one = bits.dtype.type(1)
+    for i in range(0, outer, step):
+        if outer == 1:  # rows: a stretch of units at a time
+            for some in stretches(bits, np.arange(units)):
+                found[span(some)] = np.left_shift(bits[0, span(some)], one).max(axis=-1, initial=initial)
+        else:
+            np.maximum(found, np.left_shift(bits[i : i + step], one).max(axis=(0, 2), initial=initial), out=found)
+    return found
 
 
 def fast_digests(bits: Bits) -> Digests:
@@ -110,13 +160,11 @@ def unequal(rows: list[Rows], copies: Units, originals: Units) -> tuple[str, int
 
 
 def _first_difference(one: Bits, units: Units, other: Bits, sources: Units) -> int | None:
-    outer, _, inner = one.shape
-    step = max(1, BLOCK_BYTES // max(1, outer * inner * one.itemsize))
-    for i in range(0, len(units), step):
-        some, theirs = span(units[i : i + step]), span(sources[i : i + step])
+    for places in stretches(one, np.arange(len(units))):
+        some, theirs = span(units[places]), span(sources[places])
         same = (one[:, some] == other[:, theirs]).all(axis=(0, 2))
         if not same.all():
-            return int(units[i + int(np.flatnonzero(~same)[0])])
+            return int(units[places[int(np.flatnonzero(~same)[0])]])
     return None
 
 

@@ -9,7 +9,8 @@ One module a group of verbs; what a verb refuses is a CkptgrowError, and then no
 """
 
 from ckptgrow.operations.auditing import audit
+from ckptgrow.operations.folding import fold, plan_fold
 from ckptgrow.operations.growing import expand, inspect, plan_expand, verify
 from ckptgrow.operations.masking import mask
 
-__all__ = ["audit", "expand", "inspect", "mask", "plan_expand", "verify"]
+__all__ = ["audit", "expand", "fold", "inspect", "mask", "plan_expand", "plan_fold", "verify"]

@@ -1,8 +1,9 @@
 """How results read in a terminal: text from frozen values, nothing else. One module a group of verbs."""
 
 from ckptgrow.report.auditing import audit
+from ckptgrow.report.folding import folding
 from ckptgrow.report.growing import expansion, inspection, proposal, verification
 from ckptgrow.report.lines import size
 from ckptgrow.report.masking import mask
 
-__all__ = ["audit", "expansion", "inspection", "mask", "proposal", "size", "verification"]
+__all__ = ["audit", "expansion", "folding", "inspection", "mask", "proposal", "size", "verification"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ckptgrow.equivalence import Answer
 from ckptgrow.layers import named
@@ -29,7 +29,7 @@ def expansion(done: Expansion) -> str:
 
 def verification(result: Verification) -> str:
     """What `ckptgrow verify` prints: a line for each answer, its findings below, the verdict last."""
-    lines = [line for answer in result.answers for line in _answer(answer)]
+    lines = [*answers(result.answers)]
     skipped = [answer.name for answer in result.answers if answer.verdict == "not run"]
     how = f" (proved on the weights, {' and '.join(skipped)} not run)" if skipped and result.same else ""
     return "\n".join([*lines, f"{result.grown}: {_VERDICTS[result.exit_code]}{how}"])
@@ -87,7 +87,7 @@ def _expansion(done: Expansion) -> Iterator[str]:
     if what.files_left_out:
         yield row("left out", ", ".join(what.files_left_out))
     if done.verification:
-        yield from (line for answer in done.verification.answers for line in _answer(answer))
+        yield from answers(done.verification.answers)
     yield f"wrote {done.folder}" + ("" if done.verification else " (not verified)")
 
 
@@ -107,6 +107,8 @@ def _shared_out(what: Proposal) -> Iterator[str]:
         )
 
 
-def _answer(answer: Answer) -> Iterator[str]:
-    yield row(answer.name, f"{answer.verdict}: {answer.figure}")
-    yield from (f"  {finding.tensor}: {finding.problem}" for finding in answer.findings)
+def answers(given: Iterable[Answer]) -> Iterator[str]:
+    """A line for each answer, its findings below."""
+    for answer in given:
+        yield row(answer.name, f"{answer.verdict}: {answer.figure}")
+        yield from (f"  {finding.tensor}: {finding.problem}" for finding in answer.findings)

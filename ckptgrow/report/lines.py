@@ -20,7 +20,12 @@ def row(name: str, text: str) -> str:
 
 def widths(blocks: Iterable[tuple[str, int, str]]) -> Iterator[str]:
     """One line for neighbouring MLPs that read the same."""
+    yield from (row("MLPs", line) for line in joined(blocks))
+
+
+def joined(blocks: Iterable[tuple[str, int, str]]) -> Iterator[str]:
+    """`layers.0-17.mlp: text` for neighbouring MLPs, given as (name, layer, text), that read the same."""
     for (stem, text), group in groupby(blocks, key=lambda b: (b[0].replace(f".{b[1]}.", ".{}.", 1), b[2])):
         layers = [layer for _, layer, _ in group]
         span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
-        yield row("MLPs", f"{stem.replace('{}', span)}: {text}")
+        yield f"{stem.replace('{}', span)}: {text}"

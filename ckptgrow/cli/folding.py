@@ -1,0 +1,46 @@
+"""ckptgrow fold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ckptgrow.cli.group import as_json, bars, json_of, main, quiet
+
+
+@main.command()
+@click.argument("trained")
+@click.argument("out")
+@click.option("--width", type=int, metavar="N", help="Fold to N units, if that is exact.  [default: the base's width]")
+@click.option("--partial", is_flag=True, help="Fold to the smallest exact width, even if it is not the base's.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32"]),
+    help="Keep in float32 the tensors in which a sum would be rounded; without it each sum is rounded once.",
+)
+@click.option("--plan", is_flag=True, help="Say what would happen and write nothing; with --json the whole Plan.")
+@click.option("--force", is_flag=True, help="Replace an existing OUT, only after the new one is complete.")
+@as_json
+@quiet
+def fold(trained: str, out: str, plan: bool, force: bool, as_json: bool, quiet: bool, **wish: Any) -> None:
+    """Fold the MLPs of TRAINED back to a standard shape in the new folder OUT, where that is the same function.
+
+    Units with equal gate and up rows are one unit: their columns of down are added. Units with equal gate rows fold
+    too where their up rows or their columns of down are parallel, since a unit is linear in both. What was trained
+    with `down`, `up` (even shares) or `g-train` (even shares, two copies) folds. What was trained with `g-freeze` does
+    not: its gate rows moved, and two units with unequal gates are two different functions that no one unit can be.
+
+    Exit status: 0 written, 1 it does not fold to the width asked for (nothing is written), 2 could not tell.
+    """
+    from ckptgrow import operations, report
+
+    with bars(quiet) as progress:
+        wish |= {"progress": progress, "bars": progress is not None}
+        if plan:
+            done = operations.plan_fold(trained, out, **wish)
+        else:
+            done = operations.fold(trained, out, **wish, force=force)
+    if as_json or not quiet:
+        click.echo(json_of(done) if as_json else report.folding(done))
+    raise click.exceptions.Exit(done.exit_code)

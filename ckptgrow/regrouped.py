@@ -1,0 +1,162 @@
+"""Is a folded checkpoint the function of the trained one? Asked gate by gate, of the bytes of both, knowing no Plan.
+
+The units that share a gate are, together, the linear map Σ dᵢ·uᵢᵀ behind that gate (METHOD.md 5), so two MLPs are the
+same function if these maps are equal for each gate. They are tried on random inputs in float64, gate by gate and
+element by element: one unit that lost a term is seen, where the output of the whole MLP would hide it. Where sums were
+rounded, a map may be off by what half a unit in the last place of each weight costs it, and by no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from ckptgrow.checkpoint import Bits, Checkpoint
+from ckptgrow.equivalence import SHOWN, Answer, Finding, Progress
+from ckptgrow.families import Architecture, Mlp
+from ckptgrow.numeric import FLOATS, Floats, decode
+from ckptgrow.units import BLOCK_BYTES, Units, as_units, fast_digests, lanes, lanes_of, match, stretches, unequal
+
+INPUTS = 4
+NOISE = 2.0**-40  # of float64 sums in another order, relative to the sum of absolute values
+
+
+def regrouped(
+    folded: Checkpoint, trained: Checkpoint, architecture: Architecture, progress: Progress, *, rounded: bool
+) -> Answer:
+    """Whether each gate of `trained` leads to the same linear map in `folded`; the figure is the largest deviation.
+
+    It is relative to the largest value of its MLP. Weights that are infinite or NaN count as zeros in both.
+    """
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        seen = list(pool.map(lambda mlp: _compare(folded, trained, mlp, progress, rounded), architecture.mlps))
+    findings = [finding for found, _ in seen for finding in found]
+    figure = f"the linear maps behind the gates of {len(seen)} MLPs in float64 on {INPUTS} random inputs"
+    figure += f", largest relative difference {max(worst for _, worst in seen):.1e}"
+    return Answer("regrouped", "no" if findings else "yes", figure, tuple(findings[:SHOWN]))
+
+
+def _compare(
+    folded: Checkpoint, trained: Checkpoint, mlp: Mlp, progress: Progress, rounded: bool
+) -> tuple[list[Finding], float]:
+    """What is wrong in one MLP, and the largest deviation relative to the largest value."""
+    theirs, mine = _gates(folded, trained, mlp)
+    after, before = _side(folded, mlp, mine), _side(trained, mlp, theirs)
+    gates = int(max(mine.max(), theirs.max())) + 1
+    worst, broken, largest = np.zeros(gates), np.zeros(gates, bool), 0.0
+    for rows in before.rows():
+        got, wanted = after.map(rows, gates), before.map(rows, gates)
+        allowed = NOISE * before.absolute(rows, gates) + (after.slack(rows, gates) if rounded else 0.0)
+        off = np.abs(got - wanted)
+        broken |= (off > allowed).any(axis=(0, 1, 3))
+        np.maximum(worst, off.max(axis=(0, 1, 3)), out=worst)
+        largest = max(largest, float(np.abs(wanted).max()))
+    for name in mlp.tensors:
+        progress(folded.infos[name].nbytes + trained.infos[name].nbytes)
+    findings = []
+    for gate in np.flatnonzero(broken)[:1]:
+        units = ", ".join(str(unit) for unit in np.flatnonzero(theirs == gate)[:4])
+        told = f"{int(broken.sum()):,} gates lead to something else: units {units} were off by {worst[gate]:.2g}"
+        findings.append(Finding(mlp.down, told))
+    return findings, float(worst.max()) / (largest or 1.0)
+
+
+def _gates(folded: Checkpoint, trained: Checkpoint, mlp: Mlp) -> tuple[Units, Units]:
+    """The gate of each unit of `trained`, and of `folded`, as numbers; without a gate all rows together are one."""
+    rows = [
+        lane
+        for name, slot in mlp.tensors.items()
+        if name != mlp.down
+        for role, lane in zip(slot.lanes, lanes(folded, trained, name, slot), strict=True)
+        if role == "gate" or not _is_gated(mlp)
+    ]
+    copies, originals = match(rows, fast_digests)
+    if unequal(rows, copies, originals) is not None:  # a digest collided: then no two gates are taken for one
+        copies, originals = np.full_like(copies, -1), np.arange(len(originals))
+    strangers = np.flatnonzero(copies < 0)
+    copies[strangers] = len(originals) + np.arange(len(strangers))
+    return copies, originals
+
+
+def _is_gated(mlp: Mlp) -> bool:
+    return any("gate" in slot.lanes for slot in mlp.tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One checkpoint's units of one MLP: the gate of each, and what its row of up answers to the inputs.
+
+    `sizes` are the answers with every term taken absolutely; `errors` what rounding each weight of the row may change.
+    """
+
+    columns: Bits
+    dtype: str
+    owners: Units
+    answers: Floats  # [units, inputs], as the two below
+    sizes: Floats
+    errors: Floats
+
+    def rows(self) -> Iterator[slice]:
+        """The slices before the axis, as many at a time as fill a block."""
+        outer, units, inner = self.columns.shape
+        step = max(1, BLOCK_BYTES // (8 * INPUTS * units * inner))
+        yield from (slice(i, i + step) for i in range(0, outer, step))
+
+    def map(self, rows: slice, gates: int) -> Floats:
+        """Σ dᵢ·answerᵢ by gate: [slices, inner, gates, inputs]."""
+        return self._by_gate(self._weights(rows) * self.answers, gates)
+
+    def absolute(self, rows: slice, gates: int) -> Floats:
+        return self._by_gate(np.abs(self._weights(rows)) * self.sizes, gates)
+
+    def slack(self, rows: slice, gates: int) -> Floats:
+        """What rounding the columns, and the rows, may change in the map."""
+        weights, (half, least) = np.abs(self._weights(rows)), _half(self.dtype)
+        error = (half * weights + least) * (np.abs(self.answers) + self.errors) + weights * self.errors
+        return self._by_gate(error, gates)
+
+    def _weights(self, rows: slice) -> Floats:
+        weights: Floats = _finite(self.columns[rows], self.dtype).transpose(0, 2, 1)[..., None]
+        return weights
+
+    def _by_gate(self, values: Floats, gates: int) -> Floats:
+        order = np.argsort(self.owners, kind="stable")
+        found, starts = np.unique(self.owners[order], return_index=True)
+        result = np.zeros((*values.shape[:2], gates, INPUTS))
+        result[:, :, found] = np.add.reduceat(values[:, :, order], starts, axis=2)
+        return result
+
+
+def _side(checkpoint: Checkpoint, mlp: Mlp, owners: Units) -> _Side:
+    answers, sizes, errors = np.zeros((3, len(owners), INPUTS))
+    draw = np.random.Generator(np.random.Philox(key=mlp.layer))
+    for name, slot in mlp.tensors.items():
+        dtype = checkpoint.infos[name].dtype
+        for role, bits in lanes_of(checkpoint, name, slot) if _is_gated(mlp) else ():
+            if role != "up":
+                continue
+            inputs = np.ones(INPUTS) if slot.bias else draw.normal(size=(bits.shape[0] * bits.shape[2], INPUTS))
+            inputs, (half, least) = np.broadcast_to(inputs, (bits.shape[0] * bits.shape[2], INPUTS)), _half(dtype)
+            for some in stretches(bits, np.arange(len(owners))):
+                values = _finite(bits[:, some], dtype).transpose(1, 0, 2).reshape(len(some), -1)
+                answers[some] += values @ inputs
+                sizes[some] += np.abs(values) @ np.abs(inputs)
+                errors[some] += (half * np.abs(values) + least) @ np.abs(inputs)
+    if not _is_gated(mlp):
+        answers, sizes = np.ones((2, len(owners), INPUTS))
+    down = as_units(checkpoint, mlp.down, mlp.tensors[mlp.down])
+    return _Side(down, checkpoint.infos[mlp.down].dtype, owners, answers, sizes, errors)
+
+
+def _half(dtype: str) -> tuple[float, float]:
+    """Half a unit in the last place: relative to a normal number, and of a subnormal one."""
+    form = FLOATS[dtype]
+    return 2.0 ** -(form.mantissa + 1), 2.0 ** max(form.least - form.mantissa - 1, -1074)
+
+
+def _finite(bits: Bits, dtype: str) -> Floats:
+    values: Floats = np.nan_to_num(decode(np.ascontiguousarray(bits), dtype), nan=0.0, posinf=0.0, neginf=0.0)
+    return values
