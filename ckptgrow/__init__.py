@@ -8,6 +8,7 @@ The verbs of the command line, with the same words:
     audit(grown, trained)   did training leave the frozen part alone?
     mask(grown, format)     what trains, in a trainer's own words
     fold(trained, out, ...) back to a standard shape, where exact; `plan_fold` says whether it is
+    rank(base, tuned)       which layers did an ordinary fine-tuning change most?
 
 Names are imported when they are first used, so that `ckptgrow --help` starts at once.
 """
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
         PlanError,
         RequestError,
     )
-    from ckptgrow.operations import audit, expand, fold, inspect, mask, plan_expand, plan_fold, verify
+    from ckptgrow.operations import audit, expand, fold, inspect, mask, plan_expand, plan_fold, rank, verify
+    from ckptgrow.ranking import Ranking
     from ckptgrow.results import Expansion, Folding, Inspection, Mask, Proposal, Verification
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "OutputError",
     "PlanError",
     "Proposal",
+    "Ranking",
     "RequestError",
     "Verification",
     "__version__",
@@ -54,13 +57,14 @@ __all__ = [
     "mask",
     "plan_expand",
     "plan_fold",
+    "rank",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for module in ("errors", "operations", "results"):
+        for module in ("errors", "operations", "results", "drift", "ranking"):
             room = import_module(f"ckptgrow.{module}")
             if hasattr(room, name):
                 return getattr(room, name)

@@ -27,11 +27,10 @@ from ckptgrow.reference import Reference
 from ckptgrow.tensors import TensorInfo
 from ckptgrow.traces import Cause, Fates, Trace, cause_of, may_be_rounding
 from ckptgrow.trained import Trained
+from ckptgrow.units import side_by_side
 
 Progress = Callable[[int], None]  # called with the number of elements just compared
 Spans = tuple[tuple[int, int], ...]
-
-BLOCK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,14 +243,8 @@ def _measure(pair: Pair, mine: Bits, its: Bits) -> tuple[Drift, Trace]:
 def _blocks(pair: Pair, mine: Bits, its: Bits, spans: Spans) -> Iterator[tuple[Bits, Bits]]:
     """The same elements of both, some at a time."""
     one, other = pair.view(mine), pair.view(its)
-    outer, _, inner = one.shape
     for start, stop in spans:
-        places = max(1, min(stop - start, BLOCK_ELEMENTS // max(1, inner)))
-        rows = max(1, BLOCK_ELEMENTS // max(1, inner * places))
-        for row in range(0, outer, rows):
-            for a in range(start, stop, places):
-                cut = slice(row, row + rows), slice(a, min(a + places, stop))
-                yield one[cut], other[cut]
+        yield from side_by_side(one[:, start:stop], other[:, start:stop])
 
 
 def _differing(pair: Pair, mine: Bits, its: Bits) -> tuple[int, int]:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ckptgrow.checkpoint import CONFIG, MANIFEST, Bits, Checkpoint, Tensors, digest_of, open_checkpoint
+from ckptgrow.config import set_value
 from ckptgrow.errors import CkptgrowError, FormatError, RequestError
 from ckptgrow.execute import made
 from ckptgrow.families import locate
 from ckptgrow.manifest import (
+    CONFIG_KEY,
     Manifest,
     check_described,
     grown_config,
@@ -155,13 +157,13 @@ def _regrown(base: Checkpoint, manifest: Manifest, text: bytes, path: Path) -> R
     except CkptgrowError as error:
         raise error.at(file=str(path)) from None
     mask = read_mask(plan, base, architecture, growth)
-    said = (manifest.blocks, manifest.trainable, manifest.counts, manifest.digest)
-    if (mask.blocks, mask.trainable, mask.counts, digest_of(text)) != said:
+    if (mask.blocks, mask.trainable, mask.counts) != (manifest.blocks, manifest.trainable, manifest.counts):
         raise FormatError(
             "growing the base again does not give what it describes: it was edited, or written by another version",
             file=str(path),
             hint="Give the grown checkpoint itself instead of its base.",
         )
     config = grown_config(base.config_text, plan, manifest, architecture)
+    config = set_value(config, f"{CONFIG_KEY}.manifest", digest_of(text))  # an older version may write it otherwise
     outputs = {output.name: output for output in plan.outputs}
     return Reference(Regrown(base, outputs), config, manifest, text, base)

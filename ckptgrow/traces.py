@@ -116,8 +116,8 @@ def _common(factors: list[_Factor]) -> tuple[float, float] | None:
 # ---------------------------------------------------------------- equal values, equal fates
 
 # A value is known again by its mantissa: scaling by a power of two commutes with every rounding but the subnormals'.
-_MOST_MANTISSA = 23  # one table entry a mantissa: 64 MiB at most
-LEAST_EVIDENCE = 100  # moved elements that must share their mantissa with another one
+_MOST_MANTISSA = 23  # six bytes a mantissa: 48 MiB at most
+LEAST_EVIDENCE = 100  # moved elements whose mantissa was met before
 FARTHEST = 0.125  # relative; no rounding of a format in which models are trained goes farther
 
 
@@ -139,7 +139,8 @@ class Fates:
     def __init__(self, form: Float, dtype: str) -> None:
         self.form, self.dtype, self.broken = form, dtype, False
         self._moved_by = np.zeros(2**form.mantissa, np.int32)
-        self._met = np.zeros(2**form.mantissa, np.uint32)
+        self._met, self._again = (np.zeros(2**form.mantissa, np.bool_) for _ in range(2))
+        self._evidence = 0
 
     def add(self, was: Floats, its: Bits, now: Floats) -> None:
         """Take in the same elements before and after, `now` being the values of `its`."""
@@ -149,19 +150,18 @@ class Fates:
         before = encode(was[normal], self.dtype).astype(np.int64) & places
         step = (its[normal].astype(np.int64) & places) - before
         mantissa = before % 2**self.form.mantissa
-        fresh = self._met[mantissa] == 0
-        self._moved_by[mantissa[fresh]] = step[fresh]
+        again = self._met[mantissa]  # in an earlier block: those that meet in this one are checked, but no evidence
+        self._moved_by[mantissa[~again]] = step[~again]
         self.broken |= bool((self._moved_by[mantissa] != step).any())
-        distinct, counts = np.unique(mantissa, return_counts=True)
-        self._met[distinct] += counts.astype(np.uint32)
+        self._met[mantissa] = True
+        self._again[mantissa[again]] = True
+        self._evidence += int(np.count_nonzero(step[again]))
 
     @property
     def explained(self) -> bool:
         """Whether all mantissas that were met twice moved equally, enough of them, and no other one farther."""
         if self.broken:
             return False
-        again, steps = self._met > 1, self._moved_by
-        evidence = int(self._met[again & (steps != 0)].sum())
-        alone = steps[self._met == 1]
-        low, high = int(steps[again].min(initial=0)), int(steps[again].max(initial=0))
-        return evidence >= LEAST_EVIDENCE and bool(((low <= alone) & (alone <= high)).all())
+        steps, again = self._moved_by[self._met], self._moved_by[self._again]
+        low, high = int(again.min(initial=0)), int(again.max(initial=0))
+        return self._evidence >= LEAST_EVIDENCE and bool(((low <= steps) & (steps <= high)).all())

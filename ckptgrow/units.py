@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptgrow.checkpoint import Bits, Checkpoint
+from ckptgrow.checkpoint import Bits, Tensors
 from ckptgrow.families import Slot
 from ckptgrow.numeric import decode
 
@@ -23,6 +23,7 @@ Units = NDArray[np.int64]
 Picked = slice | Units
 
 BLOCK_BYTES = 1 << 20
+BLOCK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +42,12 @@ class Rows:
         return float(np.abs(its - mine).max())
 
 
-def lanes(base: Checkpoint, grown: Checkpoint, name: str, slot: Slot) -> Iterator[Rows]:
+def lanes(base: Tensors, grown: Tensors, name: str, slot: Slot) -> Iterator[Rows]:
     for (_, mine), (_, its) in zip(lanes_of(base, name, slot), lanes_of(grown, name, slot), strict=True):
         yield Rows(name, mine, its)
 
 
-def lanes_of(checkpoint: Checkpoint, name: str, slot: Slot) -> Iterator[tuple[str, Bits]]:
+def lanes_of(checkpoint: Tensors, name: str, slot: Slot) -> Iterator[tuple[str, Bits]]:
     """Each lane of a tensor, by its projection, as [outer, units, inner]."""
     bits = as_units(checkpoint, name, slot)
     width = bits.shape[1] // len(slot.lanes)
@@ -54,9 +55,20 @@ def lanes_of(checkpoint: Checkpoint, name: str, slot: Slot) -> Iterator[tuple[st
         yield lane, bits[:, i * width : (i + 1) * width]
 
 
-def as_units(checkpoint: Checkpoint, name: str, slot: Slot) -> Bits:
+def as_units(checkpoint: Tensors, name: str, slot: Slot) -> Bits:
     """A tensor as [outer, units, inner]."""
     return checkpoint.bits(name).reshape(checkpoint.infos[name].around(slot.axis))
+
+
+def side_by_side(one: Bits, other: Bits) -> Iterator[tuple[Bits, Bits]]:
+    """The same elements of two tensors of one shape [outer, units, inner], some at a time."""
+    outer, units, inner = one.shape
+    places = max(1, min(units, BLOCK_ELEMENTS // max(1, inner)))
+    rows = max(1, BLOCK_ELEMENTS // max(1, inner * places))
+    for row in range(0, outer, rows):
+        for start in range(0, units, places):
+            cut = slice(row, row + rows), slice(start, start + places)
+            yield one[cut], other[cut]
 
 
 def match(rows: list[Rows], digests: Callable[[Bits], Digests]) -> tuple[Units, Units]:

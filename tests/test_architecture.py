@@ -45,6 +45,8 @@ ORDER = [
     "traces",
     "drift",
     "repair",
+    "ranking",
+    "plot",
     "training.cut",
     "training.resolve",
     "training.masters",
@@ -73,12 +75,14 @@ ORDER = [
     "operations.auditing",
     "operations.masking",
     "operations.folding",
+    "operations.ranking",
     "operations",
     "report.lines",
     "report.growing",
     "report.auditing",
     "report.masking",
     "report.folding",
+    "report.ranking",
     "report",
     "training.finished",
     "training.axolotl",
@@ -88,6 +92,7 @@ ORDER = [
     "cli.auditing",
     "cli.masking",
     "cli.folding",
+    "cli.ranking",
     "cli",
 ]
 ENTRANCES = ["__init__", "__main__"]
@@ -224,6 +229,11 @@ def test_the_command_line_starts_without_torch(act: str) -> None:
 def test_no_file_and_no_function_is_too_long() -> None:
     """400 lines a file, 50 lines a function."""
     assert too_long(SOURCES, 400, 50) == []
+
+
+def test_every_name_of_the_package_is_there() -> None:
+    """They are looked up when first used, so nothing else would notice one that is nowhere."""
+    assert [name for name in ckptgrow.__all__ if not hasattr(ckptgrow, name)] == []
 
 
 def test_no_module_is_called_after_nothing() -> None:

@@ -181,7 +181,7 @@ def _met(values: list[float], steps: list[int]) -> Fates:
 
 def test_fates() -> None:
     """Enough equal mantissas that moved equally, signs and powers of two aside, in whatever block; and each fault."""
-    values, many = [1.5, -3.0, 0.75, 1.25], LEAST_EVIDENCE // 3 + 1
+    values, many = [1.5, -3.0, 0.75, 1.25], LEAST_EVIDENCE
     assert _met(values * many, [7, 7, 7, 0] * many).explained
     assert not _met(values * 3, [7, 7, 7, 0] * 3).explained  # too few
     assert not _met(values * many, [7, 7, 8, 0] * many).explained

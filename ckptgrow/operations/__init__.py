@@ -12,5 +12,6 @@ from ckptgrow.operations.auditing import audit
 from ckptgrow.operations.folding import fold, plan_fold
 from ckptgrow.operations.growing import expand, inspect, plan_expand, verify
 from ckptgrow.operations.masking import mask
+from ckptgrow.operations.ranking import rank
 
-__all__ = ["audit", "expand", "fold", "inspect", "mask", "plan_expand", "plan_fold", "verify"]
+__all__ = ["audit", "expand", "fold", "inspect", "mask", "plan_expand", "plan_fold", "rank", "verify"]

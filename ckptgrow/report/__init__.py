@@ -5,5 +5,6 @@ from ckptgrow.report.folding import folding
 from ckptgrow.report.growing import expansion, inspection, proposal, verification
 from ckptgrow.report.lines import size
 from ckptgrow.report.masking import mask
+from ckptgrow.report.ranking import ranking
 
-__all__ = ["audit", "expansion", "folding", "inspection", "mask", "proposal", "size", "verification"]
+__all__ = ["audit", "expansion", "folding", "inspection", "mask", "proposal", "ranking", "size", "verification"]
