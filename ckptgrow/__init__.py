@@ -9,6 +9,7 @@ The verbs of the command line, with the same words:
     mask(grown, format)     what trains, in a trainer's own words
     fold(trained, out, ...) back to a standard shape, where exact; `plan_fold` says whether it is
     rank(base, tuned)       which layers did an ordinary fine-tuning change most?
+    revert(grown, out)      the base back, byte for byte
 
 Names are imported when they are first used, so that `ckptgrow --help` starts at once.
 """
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
         PlanError,
         RequestError,
     )
-    from ckptgrow.operations import audit, expand, fold, inspect, mask, plan_expand, plan_fold, rank, verify
+    from ckptgrow.operations import audit, expand, fold, inspect, mask, plan_expand, plan_fold, rank, revert, verify
     from ckptgrow.ranking import Ranking
     from ckptgrow.results import Expansion, Folding, Inspection, Mask, Proposal, Verification
+    from ckptgrow.reversal import Reversion
 
 __all__ = [
     "Audit",
@@ -48,6 +50,7 @@ __all__ = [
     "Proposal",
     "Ranking",
     "RequestError",
+    "Reversion",
     "Verification",
     "__version__",
     "audit",
@@ -58,13 +61,14 @@ __all__ = [
     "plan_expand",
     "plan_fold",
     "rank",
+    "revert",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for module in ("errors", "operations", "results", "drift", "ranking"):
+        for module in ("errors", "operations", "results", "drift", "ranking", "reversal"):
             room = import_module(f"ckptgrow.{module}")
             if hasattr(room, name):
                 return getattr(room, name)

@@ -101,6 +101,32 @@ class Checkpoint:
         raw = np.memmap(path, np.uint8, "r", offset, (nbytes,))
         return raw.view(np.ndarray).view(f"<u{DTYPE_BITS[info.dtype] // 8}").reshape(info.shape)
 
+    def digest(self, name: str) -> str:
+        """The digest of a tensor's bytes."""
+        path, offset, nbytes = self.span(name)
+        told = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while nbytes:
+                data = file.read(min(nbytes, 1 << 20))
+                if not data:
+                    raise FormatError("the file became shorter while it was read", file=str(path), tensor=name)
+                told.update(data)
+                nbytes -= len(data)
+        return "sha256:" + told.hexdigest()
+
+    def head(self, file: str) -> bytes:
+        """The first bytes of a shard: length prefix and header."""
+        with (self.folder / file).open("rb") as opened:
+            return opened.read(self.shards[file].start)
+
+    def text(self, file: str) -> str | None:
+        """A small text file of the folder; None where it is not there, or is no text."""
+        try:
+            return (self.folder / file).read_bytes().decode()
+        except (OSError, ValueError):
+            return None
+
     def companions(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(copied, left out): the other files of the folder, relative paths.
 

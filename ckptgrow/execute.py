@@ -9,6 +9,7 @@ Sources are mapped, so anonymous memory holds a few blocks for each thread (one 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -94,7 +95,7 @@ def _write_shard(folder: Path, shard: Shard, sources: Sources, progress: Progres
     inexact = 0
     with temporary.open("wb", buffering=0) as target:
         target.truncate(shard.nbytes)
-        head = shard.header.to_bytes()
+        head = shard.head or shard.header.to_bytes()
         if shard.whole:
             head = _head_of(shard, sources)
         _write_all(target, head)
@@ -155,6 +156,14 @@ class _Held:
 
     def __init__(self, source: Tensors) -> None:
         self.infos, self.bits = source.infos, cache(source.bits)
+
+
+def digest_of_output(output: Output, sources: Sources) -> str:
+    """The digest of the bytes that `write_output` would write."""
+    told, held = hashlib.sha256(), {name: _Held(source) for name, source in sources.items()}
+    for block in blocks(output):
+        told.update(_filled(output, block, held)[0].data)
+    return "sha256:" + told.hexdigest()
 
 
 def contiguous(output: Output, sources: Sources) -> Iterator[tuple[Path, int, int]]:

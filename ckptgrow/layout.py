@@ -28,10 +28,11 @@ class Shard:
     header: Header
     outputs: tuple[Output, ...]
     whole: bool  # every tensor is the source's: the file is copied as it is
+    head: bytes | None = None  # its first bytes, where they must be those of a file that once was
 
     @property
     def nbytes(self) -> int:
-        return len(self.header.to_bytes()) + self.header.body_bytes
+        return len(self.head or self.header.to_bytes()) + self.header.body_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from ckptgrow.checkpoint import MANIFEST, Checkpoint, digest_of
 from ckptgrow.config import set_value
 from ckptgrow.errors import FormatError, RequestError
 from ckptgrow.families import Architecture, Mlp, in_memory_name, ties
+from ckptgrow.identity import Base
 from ckptgrow.plan import Output, Plan
 from ckptgrow.policy import Box, boxes, kinds, rule_for
 from ckptgrow.proof import picks
@@ -29,16 +30,6 @@ from ckptgrow.surgery import Growth
 SCHEMA = 1
 CONFIG_KEY = "ckptgrow"
 _DIGEST = re.compile("sha256:[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """The checkpoint that was grown: its Hub id (or folder name), revision, config text, and shards."""
-
-    id: str
-    revision: str | None
-    config: str
-    shards: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +88,7 @@ class Manifest:
     base: Base
     family: str
     policy: str
+    growth: Mapping[str, Any]
     shares: Mapping[str, Any]
     blocks: tuple[GrownBlock, ...]
     trainable: tuple[Trainable, ...]
@@ -166,6 +158,7 @@ def describe(
         base=identity,
         family=family.model_type,
         policy=growth.policy,
+        growth=asdict(growth),
         shares={"asked": growth.shares, "used": rules, "seed": growth.seed},
         blocks=grown.blocks,
         trainable=grown.trainable,
@@ -176,12 +169,6 @@ def describe(
         history=history(base),
         layers=growth.layers,
     )
-
-
-def identify(base: Checkpoint, name: str, revision: str | None) -> Base:
-    """What the manifest keeps of the base, so that it can be recognised and its config.json restored."""
-    shards = {file: {"bytes": shard.nbytes, "header": shard.digest} for file, shard in base.shards.items()}
-    return Base(name, revision, base.config_text, shards)
 
 
 def history(base: Checkpoint) -> tuple[Mapping[str, Any], ...]:
@@ -213,18 +200,10 @@ def named_in(config: Mapping[str, Any]) -> str | None:
 
 def growth_of(manifest: Manifest) -> Growth:
     """The growth that a manifest describes, to be made again. Raises CkptgrowError for one that is not to be had."""
-    asked, seed = manifest.shares.get("asked", "auto"), manifest.shares.get("seed", 0)
-    native = manifest.layers is not None and not any(block.filled for block in manifest.blocks)
-    first, several = manifest.blocks[0], len({block.new_width for block in manifest.blocks}) > 1
-    return Growth(  # from several widths only a factor leads to several
-        factor=first.new_width // first.old_width if several else None,
-        width=None if several else first.new_width,
-        policy=manifest.policy,
-        shares=asked,
-        seed=seed,
-        layers=manifest.layers,
-        uneven="native" if native else "uniform",
-    )
+    try:
+        return Growth(**manifest.growth)
+    except TypeError:
+        raise FormatError(f"its growth has options that are not known: {sorted(manifest.growth)}") from None
 
 
 def grown_config(text: str, plan: Plan, manifest: Manifest, architecture: Architecture) -> str:
@@ -310,6 +289,7 @@ def _typed(described: dict[str, Any]) -> Manifest:
         for tensor in described["trainable"]
     ]
     typed = {"base": Base(**described["base"]), "counts": Counts(**described["counts"])}
+    typed |= {"growth": {k: tuple(v) if isinstance(v, list) else v for k, v in described["growth"].items()}}
     typed |= {"blocks": tuple(copied), "trainable": tuple(trainable), "history": tuple(described["history"])}
     typed |= {"layers": tuple(described["layers"])} if described.get("layers") else {}
     return Manifest(**{**described, **typed})

@@ -9,7 +9,7 @@ growth that comes out otherwise than the manifest says.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,23 +17,13 @@ from typing import Any
 
 from ckptgrow.checkpoint import CONFIG, MANIFEST, Bits, Checkpoint, Tensors, digest_of, open_checkpoint
 from ckptgrow.config import set_value
-from ckptgrow.errors import CkptgrowError, FormatError, RequestError
+from ckptgrow.errors import RequestError
 from ckptgrow.execute import made
-from ckptgrow.families import locate
-from ckptgrow.manifest import (
-    CONFIG_KEY,
-    Manifest,
-    check_described,
-    grown_config,
-    growth_of,
-    history,
-    identify,
-    load_manifest,
-    named_in,
-    read_mask,
-)
+from ckptgrow.identity import Base
+from ckptgrow.lineage import belonging, recall, stranger
+from ckptgrow.manifest import CONFIG_KEY, Manifest, check_described, grown_config, history, load_manifest, named_in
 from ckptgrow.plan import Output
-from ckptgrow.surgery import BASE, expand
+from ckptgrow.surgery import BASE
 from ckptgrow.tensors import TensorInfo
 from ckptgrow.trained import Trained
 
@@ -84,7 +74,7 @@ def open_reference(folder: Path, trained: Trained, manifest: Path | None = None)
     path = _found(folder, trained, manifest)
     described = load_manifest(path)
     text = path.read_bytes()
-    notes = tuple(_belonging(trained, text, path))
+    notes = tuple(belonging(trained, text, path))
     if named_in(opened.config) == digest_of(text):
         check_described(opened, described)
         return Reference(opened, opened.config_text, described, text, opened, notes)
@@ -97,8 +87,7 @@ def open_reference(folder: Path, trained: Trained, manifest: Path | None = None)
             hint="Give the folder that ckptgrow expand wrote, or the one that it grew.",
         )
     regrown = _regrown(opened, described, text, path)
-    said = f"{MANIFEST} has no digest of the base's weights: were they others, all would have moved"
-    return replace(regrown, notes=(*notes, f"made anew from {folder} by {path}", said))
+    return replace(regrown, notes=(*notes, f"made anew from {folder} by {path}"))
 
 
 def _found(folder: Path, trained: Trained, manifest: Path | None) -> Path:
@@ -123,47 +112,21 @@ def _found(folder: Path, trained: Trained, manifest: Path | None) -> Path:
     )
 
 
-def _belonging(trained: Trained, text: bytes, path: Path) -> Iterator[str]:
-    """Whether the trained checkpoint names this manifest. Raises RequestError where it names another."""
-    named = named_in(trained.config)
-    if named is None:
-        yield f"{trained.folder} does not say in its {CONFIG} which growth it comes from"
-    elif named != digest_of(text):
-        raise RequestError(
-            f"its {CONFIG} names another {MANIFEST} than {path}",
-            file=str(trained.folder),
-            hint="Give the grown checkpoint that this training started from.",
-        )
-
-
 def _unlike(opened: Checkpoint, manifest: Manifest) -> str | None:
     """Why a folder is not the base that a manifest describes; None where it is."""
-    base, shards = manifest.base, identify(opened, "", None).shards
-    earlier = [entry["base"] for entry in manifest.history if "base" in entry]
-    if any((entry["shards"], entry["config"]) == (shards, opened.config_text) for entry in earlier):
-        return f"it is the base of an earlier one, and what was trained in between is only in {base.id}"
-    differing = sorted(file for file in shards.keys() | base.shards.keys() if shards.get(file) != base.shards.get(file))
-    if differing:
-        return f"{differing[0]} is not {base.id}'s (another size or header)"
-    return f"{CONFIG} is not {base.id}'s" if opened.config_text != base.config else None
+    found = stranger(opened, manifest.base)
+    if found is None:
+        return None
+    for entry in manifest.history:
+        if "base" in entry and stranger(opened, Base(**entry["base"])) is None:
+            return f"it is the base of an earlier one, and what was trained in between is only in {manifest.base.id}"
+    return ": ".join(found)
 
 
 def _regrown(base: Checkpoint, manifest: Manifest, text: bytes, path: Path) -> Reference:
     """The growth made again. Raises FormatError where it does not come out as the manifest says."""
-    try:
-        growth = growth_of(manifest)
-        architecture = locate(base.config, base.infos)
-        plan = expand(base.infos, architecture, growth)
-    except CkptgrowError as error:
-        raise error.at(file=str(path)) from None
-    mask = read_mask(plan, base, architecture, growth)
-    if (mask.blocks, mask.trainable, mask.counts) != (manifest.blocks, manifest.trainable, manifest.counts):
-        raise FormatError(
-            "growing the base again does not give what it describes: it was edited, or written by another version",
-            file=str(path),
-            hint="Give the grown checkpoint itself instead of its base.",
-        )
-    config = grown_config(base.config_text, plan, manifest, architecture)
+    past = recall(manifest, str(path))
+    config = grown_config(base.config_text, past.plan, manifest, past.architecture)
     config = set_value(config, f"{CONFIG_KEY}.manifest", digest_of(text))  # an older version may write it otherwise
-    outputs = {output.name: output for output in plan.outputs}
+    outputs = {output.name: output for output in past.plan.outputs}
     return Reference(Regrown(base, outputs), config, manifest, text, base)

@@ -20,6 +20,8 @@ from ckptgrow.operations import audit
 from ckptgrow.reference import open_reference
 from ckptgrow.trained import open_trained
 
+NORM = "model.norm.weight"
+
 
 @pytest.fixture
 def grown(base: Path, tmp_path: Path) -> Path:
@@ -154,9 +156,9 @@ def _other_config(base: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_other_shape, r"model-0000\d-of-00002.safetensors is not base's"),
-        (_other_sharding, "is not base's"),
-        (_other_config, "config.json is not base's"),
+        (_other_shape, r"model-0000\d-of-00002.safetensors: it is not base's"),
+        (_other_sharding, "it is not base's"),
+        (_other_config, "config.json: it is not base's"),
     ],
 )
 def test_another_base(base: Path, grown: Path, change: Callable[[Path], None], said: str) -> None:
@@ -167,13 +169,12 @@ def test_another_base(base: Path, grown: Path, change: Callable[[Path], None], s
         audit(base, folder, manifest=grown)
 
 
-def test_the_same_layout_with_other_weights_is_said(base: Path, grown: Path) -> None:
-    """The manifest cannot know: everything has moved, and the note says what that may mean."""
+def test_the_same_layout_with_other_weights(base: Path, grown: Path) -> None:
+    """The manifest's digests know: the tensor that differs is named."""
     folder = trained(grown)
-    checkpoints.edit(base, lambda tensors: tensors.update({n: t + 1 for n, t in tensors.items()}))
-    seen = audit(base, folder, manifest=grown)
-    assert (seen.exit_code, seen.cause) == (1, "trained")
-    assert any("no digest of the base's weights" in note for note in seen.notes)
+    checkpoints.edit(base, lambda tensors: tensors.update({NORM: tensors[NORM] + 1}))
+    with pytest.raises(RequestError, match=rf"base of that growth: {NORM}: its weights are not base's"):
+        audit(base, folder, manifest=grown)
 
 
 def test_manifests_that_do_not_belong(base: Path, grown: Path) -> None:

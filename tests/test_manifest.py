@@ -125,15 +125,28 @@ def test_digest_stands_in_the_config(base: Path, tmp_path: Path) -> None:
 
 
 def test_base_is_identified(base: Path, tmp_path: Path) -> None:
-    """The manifest has the base's config text, and size and header digest of each shard."""
+    """The manifest has the base's texts, and of each shard size, header and digests; of its other files digests."""
+    (base / "README.md").write_text("# naïve", encoding="utf-8")
     ckptgrow.expand(base, tmp_path / "out")
     recorded = grown(tmp_path / "out")["base"]
+    assert recorded["index"] == (base / "model.safetensors.index.json").read_text()
+    assert recorded["card"] == "# naïve"
+    assert recorded["files"] == {
+        file: digest((base / file).read_bytes()) for file in ("generation_config.json", "tokenizer.json")
+    }
     assert recorded["config"] == (base / "config.json").read_text()
     assert (recorded["id"], recorded["revision"]) == ("base", None)
     for file, facts in recorded["shards"].items():
         data = (base / file).read_bytes()
-        head = data[: 8 + int.from_bytes(data[:8], "little")]
-        assert facts == {"bytes": len(data), "header": "sha256:" + hashlib.sha256(head).hexdigest()}
+        size = int.from_bytes(data[:8], "little")
+        spans = {n: t["data_offsets"] for n, t in json.loads(data[8 : 8 + size]).items() if n != "__metadata__"}
+        tensors = {name: digest(data[8 + size + a : 8 + size + b]) for name, (a, b) in spans.items()}
+        told = {"header": digest(data[: 8 + size]), "text": data[8 : 8 + size].decode(), "tensors": tensors}
+        assert facts == {"bytes": len(data), **told}
+
+
+def digest(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 def test_inexact_halves_are_counted(base: Path, tmp_path: Path) -> None:

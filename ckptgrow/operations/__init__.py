@@ -14,4 +14,5 @@ from ckptgrow.operations.growing import expand, inspect, plan_expand, verify
 from ckptgrow.operations.masking import mask
 from ckptgrow.operations.ranking import rank
 
-__all__ = ["audit", "expand", "fold", "inspect", "mask", "plan_expand", "plan_fold", "rank", "verify"]
+__all__ = ["audit", "expand", "fold", "inspect", "mask", "plan_expand", "plan_fold", "rank", "revert", "verify"]
+from ckptgrow.operations.reverting import revert

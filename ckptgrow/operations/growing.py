@@ -16,9 +16,10 @@ from ckptgrow.errors import FamilyError, FormatError, PlanError
 from ckptgrow.execute import write_shards
 from ckptgrow.families import Architecture, locate, ties
 from ckptgrow.hub import Origin, fetch, preview
+from ckptgrow.identity import identify
 from ckptgrow.layers import chosen, ranked
 from ckptgrow.layout import INDEX, Layout, lay
-from ckptgrow.manifest import Grown, Manifest, describe, grown_config, history, identify, read_mask
+from ckptgrow.manifest import Grown, Manifest, describe, grown_config, history, read_mask
 from ckptgrow.policy import ShareChoice, said
 from ckptgrow.progress import Meter, Progress, silent
 from ckptgrow.proof import prove, prove_marks

@@ -7,4 +7,16 @@ from ckptgrow.report.lines import size
 from ckptgrow.report.masking import mask
 from ckptgrow.report.ranking import ranking
 
-__all__ = ["audit", "expansion", "folding", "inspection", "mask", "proposal", "ranking", "size", "verification"]
+__all__ = [
+    "audit",
+    "expansion",
+    "folding",
+    "inspection",
+    "mask",
+    "proposal",
+    "ranking",
+    "reversion",
+    "size",
+    "verification",
+]
+from ckptgrow.report.reverting import reversion

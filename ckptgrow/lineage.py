@@ -1,0 +1,148 @@
+"""Where a grown checkpoint comes from, as its manifest tells it: the base's description, and the Plan that grew it.
+
+A manifest keeps the base's headers, index and config as texts, and the options of the growth. From them the base is
+described without its bytes (as a Hub repository is before it is downloaded), and the Plan is made again by the same
+surgery that made it, so that it can be read backwards. Nothing here reads a weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ckptgrow import surgery
+from ckptgrow.checkpoint import CONFIG, MANIFEST, Bits, Checkpoint, ShardFile, digest_of
+from ckptgrow.errors import CkptgrowError, FormatError, RequestError
+from ckptgrow.families import Architecture, locate
+from ckptgrow.identity import Base
+from ckptgrow.manifest import Manifest, along, growth_of, load_manifest, named_in, previous, read_mask
+from ckptgrow.plan import Plan
+from ckptgrow.tensors import LENGTH_BYTES, TensorInfo, header_length, parse_header
+from ckptgrow.trained import Trained
+
+Spans = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Past:
+    """One growth: its manifest, the base that went into it (described, without bytes), and its Plan."""
+
+    manifest: Manifest
+    base: Checkpoint
+    architecture: Architecture
+    plan: Plan
+
+    @cached_property
+    def trained(self) -> Mapping[str, tuple[int, Spans]]:
+        """Of each tensor that trains, (axis, the ranges along it that train)."""
+        return {tensor.name: along(tensor.shape, tensor.boxes) for tensor in self.manifest.trainable}
+
+
+@dataclass(frozen=True)
+class Told:
+    """The grown tensors as far as a manifest tells: what they look like, and which of the untouched ones are equal."""
+
+    past: Past
+
+    @cached_property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return {output.name: output.info for output in self.past.plan.outputs}
+
+    def bits(self, name: str) -> Bits:
+        """The base's digest in the place of the elements: equal where they are, and good for nothing else."""
+        return np.frombuffer(self.past.manifest.base.digests[name].encode(), np.uint8)
+
+
+def recall(manifest: Manifest, file: str) -> Past:
+    """The growth that a manifest describes. Raises FormatError where it does not say enough, or contradicts itself."""
+    try:
+        base, growth = described(manifest.base), growth_of(manifest)
+        architecture = locate(base.config, base.infos)
+        plan = surgery.expand(base.infos, architecture, growth)
+        mask = read_mask(plan, base, architecture, growth)
+    except CkptgrowError as error:
+        raise FormatError(f"its growth cannot be made again: {error}", file=file) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"not a ckptgrow manifest ({error!r})", file=file) from None
+    if (mask.blocks, mask.trainable, mask.counts) != (manifest.blocks, manifest.trainable, manifest.counts):
+        raise FormatError(
+            "growing the base again does not give what it describes: it was edited, or written by another version",
+            file=file,
+            hint="Give the grown checkpoint itself instead of its base.",
+        )
+    return Past(manifest, base, architecture, plan)
+
+
+def described(base: Base) -> Checkpoint:
+    """The base as a checkpoint that has headers, config and index but no bytes."""
+    shards = {}
+    for file, told in base.shards.items():
+        text = told["text"].encode()
+        head = len(text).to_bytes(LENGTH_BYTES, "little") + text
+        if digest_of(head) != told["header"]:
+            raise FormatError("the header in the manifest is not the one its digest is of", file=file)
+        header_length(head, told["bytes"])
+        shards[file] = ShardFile(
+            parse_header(text, told["bytes"] - len(head)), len(head), told["bytes"], told["header"]
+        )
+    index = json.loads(base.index) if base.index is not None else None
+    return Checkpoint(Path(base.id), base.config, json.loads(base.config), index, shards)
+
+
+def belonging(trained: Trained, text: bytes, path: Path) -> Iterator[str]:
+    """Whether the trained checkpoint names this manifest. Raises RequestError where it names another."""
+    named = named_in(trained.config)
+    if named is None:
+        yield f"{trained.folder} does not say in its {CONFIG} which growth it comes from"
+    elif named != digest_of(text):
+        raise RequestError(
+            f"its {CONFIG} names another {MANIFEST} than {path}",
+            file=str(trained.folder),
+            hint="Give the grown checkpoint that this training started from.",
+        )
+
+
+def find_manifest(trained: Trained, given: Path | None) -> tuple[Path, tuple[str, ...]]:
+    """The manifest's file, beside the weights or where the user says, and notes. Raises RequestError for none."""
+    path = trained.folder / MANIFEST
+    if given is not None:
+        path = given / MANIFEST if given.is_dir() else given
+    elif not path.is_file():
+        raise RequestError(
+            f"it has no {MANIFEST}: trainers do not copy it",
+            file=str(trained.folder),
+            hint="Name the grown folder, or its ckptgrow.json, with --manifest.",
+        )
+    load_manifest(path)
+    return path, tuple(belonging(trained, path.read_bytes(), path))
+
+
+def stranger(opened: Checkpoint, base: Base) -> tuple[str, str] | None:
+    """(file or tensor, why) by which a folder is not that base; None where it is, to the last bit of each weight."""
+    for file in sorted(opened.shards.keys() | base.shards.keys()):
+        shard, told = opened.shards.get(file), base.shards.get(file)
+        if shard is None or told is None or (shard.nbytes, shard.digest) != (told["bytes"], told["header"]):
+            return file, f"it is not {base.id}'s (another size or header)"
+    for name, digest in base.digests.items():
+        if opened.digest(name) != digest:
+            return name, f"its weights are not {base.id}'s"
+    return (CONFIG, f"it is not {base.id}'s") if opened.config_text != base.config else None
+
+
+def pasts(manifest: Manifest, file: str, *, every: bool) -> tuple[Past, ...]:
+    """The growths to undo, the last one first: that one, or all.
+
+    Raises RequestError where the manifest of an earlier one is lost.
+    """
+    found = [recall(manifest, file)]
+    while every and found[-1].manifest.history:
+        earlier = previous(found[-1].manifest)
+        if earlier is None:
+            raise RequestError("of an earlier growth only the digest is known, so it cannot be undone", file=file)
+        found.append(recall(earlier, file))
+    return tuple(found)
