@@ -244,6 +244,19 @@ def test_an_optimizer_brought_along_is_looked_at(grow: Grow, tmp_path: Path) -> 
         run.train()
 
 
+def test_a_split_that_zero3_would_save_in_parts_is_refused(grow: Grow) -> None:
+    """Its parameters carry DeepSpeed's mark by the time training begins."""
+    model, callback = load(grow()), FreezeCallback()
+    state, control = transformers.TrainerState(), transformers.TrainerControl()
+    callback.on_init_end(arguments := TrainingArguments(use_cpu=True), state, control, model=model)
+    arguments.deepspeed = {"zero_optimization": {"stage": 3}}
+    assert callback.handle is not None
+    for number, parameter in enumerate(callback.handle.trained().values()):
+        parameter.ds_id = number  # type: ignore[attr-defined]
+    with pytest.raises(FreezeError, match="under ZeRO-3 the Trainer would save"):
+        callback.on_train_begin(arguments, state, control, model=model, optimizer=None)
+
+
 def test_a_manifest_of_another_model_is_refused(grow: Grow, tmp_path: Path) -> None:
     """By the digest in the model's config."""
     folder = grow()

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ckptgrow.checkpoint import MANIFEST
 from ckptgrow.manifest import Manifest
 from ckptgrow.training import Handle, How, freeze, require_grad
-from ckptgrow.training.resolve import find_manifest
+from ckptgrow.training.resolve import FreezeError, find_manifest
 
 
 class FreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -44,10 +44,20 @@ class FreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self.handle = freeze(has["model"], self.manifest, self.how)
         if self.handle is None:
             return
+        if args.deepspeed:
+            self._check_saving(self.handle)
         self.handle.guard(has["optimizer"])
         self.leads = state.is_world_process_zero
         if self.leads:
             print(f"ckptgrow: {self.handle.stats()}")
+
+    def _check_saving(self, handle: Handle) -> None:
+        """ZeRO-3 is gathered parameter by parameter when the Trainer saves, so the two parts would stay apart."""
+        if self.how == "split" and any(hasattr(p, "ds_id") for p in handle.trained().values()):
+            raise FreezeError(
+                "under ZeRO-3 the Trainer would save a split model's parts under names of their own",
+                hint='Use ZeRO-2, or how="mask".',
+            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **has: Any) -> None:
         """A checkpoint with moved frozen elements is no checkpoint: stop here."""
