@@ -97,13 +97,24 @@ def _train(manifest: Manifest) -> Iterator[str]:
     )
 
 
-def folded_card(name: str, layers: int, widths: tuple[int, int], sums: str, licence_lines: tuple[str, ...]) -> str:
-    """The whole text of a folded checkpoint's card. `widths`: before and after; `sums`: what became of the weights."""
-    front = ["---", "library_name: transformers", *licence_lines, "tags:", "- ckptgrow", "- folded", "---"]
+def folded_card(
+    name: str, layers: int, widths: tuple[int, int], sums: str, error: float | None, licence_lines: tuple[str, ...]
+) -> str:
+    """The whole text of a folded checkpoint's card.
+
+    `widths`: before and after; `sums`: what was rounded; `error`: the largest of an MLP, where the fold is not exact.
+    """
+    lossy = ["- lossy"] if error is not None else []
+    front = ["---", "library_name: transformers", *licence_lines, "tags:", "- ckptgrow", "- folded", *lossy, "---"]
+    what = (
+        "units that are equal, parallel or dead were added to those that stay, so it is the same function."
+        if error is None
+        else f"this fold is lossy. It is not the same function: the MLPs are off by a relative {error:.2g} at most, on"
+        " normalised random inputs."
+    )
     told = (
         f"This is `{name}` with the MLPs of its {layers} layers folded from {widths[0]:,} to {widths[1]:,} units by"
-        " [ckptgrow](https://pypi.org/project/ckptgrow/): units that are equal, parallel or dead were added to those"
-        f" that stay, so it is the same function. {sums}"
+        f" [ckptgrow](https://pypi.org/project/ckptgrow/): {what} {sums}"
     )
     return "\n".join([*front, "", f"# {name}, folded", "", told, ""])
 

@@ -228,7 +228,7 @@ def _summed(output: Output, part: Part, rows: range, picked: slice, sources: Sou
             bits = share_of(bits, dtype, term.share, piece.draw)
         if len(part.terms) == 1 and term.scale == 1.0 and dtype == output.dtype:
             return bits, inexact
-        values.append(decode(bits, dtype) * term.scale)
+        values.append(decode(bits, dtype) * piece.scale)
     return (encode(added(values)[0], output.dtype) if values else 0), inexact
 
 
@@ -245,6 +245,12 @@ class Piece:
     @property
     def dtype(self) -> str:
         return self.source.infos[self.term.name].dtype
+
+    @property
+    def scale(self) -> float | Floats:
+        """One factor for all, or one for each unit."""
+        scale = self.term.scale
+        return scale if isinstance(scale, float) else np.array(scale[self.picked])[:, None]
 
     def _pick(self, whole: NDArray[_Scalar]) -> NDArray[_Scalar]:
         units = self.term.units[self.picked]

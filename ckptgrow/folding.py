@@ -6,17 +6,20 @@ each new one copies, so that of several exact ways the one is taken that gives t
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from ckptgrow.checkpoint import MANIFEST, Checkpoint
+from ckptgrow.config import set_value, without
 from ckptgrow.errors import CkptgrowError
-from ckptgrow.families import Architecture, Mlp, Slot
-from ckptgrow.manifest import CONFIG_KEY, Manifest, load_manifest
+from ckptgrow.families import Architecture, Mlp, Slot, scoped
+from ckptgrow.manifest import CONFIG_KEY, Manifest, load_manifest, previous
 from ckptgrow.plan import Edit, Output, Part, Plan, Term, Units, unchanged
 from ckptgrow.redundancy import DEAD, Merges
 from ckptgrow.tensors import TensorInfo
@@ -24,7 +27,9 @@ from ckptgrow.units import Units as Indices
 
 TRAINED = "trained"
 Recipe = tuple[tuple[int, float], ...]  # (unit, factor): what is added up
+Recipes = Mapping[str, list[Recipe]]  # for gate, up and down: the recipe of each unit of the result
 WHOLE = 1.0
+FLOAT32 = "F32"
 
 
 # ---------------------------------------------------------------- hints
@@ -74,24 +79,57 @@ def hints_of(trained: Checkpoint, architecture: Architecture) -> Hints:
 # ---------------------------------------------------------------- the Plan
 
 
-def fold(infos: Mapping[str, TensorInfo], architecture: Architecture, chosen: Mapping[str, Merges], width: int) -> Plan:
-    """The Plan that carries out these merges (by block), which leave `width` units in each MLP (METHOD.md 5)."""
-    made: dict[str, Output] = {}
-    for mlp in architecture.mlps:
-        down, up, rows = _recipes(chosen[mlp.block])
-        for name, slot in mlp.tensors.items():
-            made[name] = _folded(infos[name], mlp, slot, {"down": down, "up": up}, rows)
-    outputs = tuple(made.get(name) or unchanged(info, TRAINED) for name, info in infos.items())
+def fold(infos: Mapping[str, TensorInfo], architecture: Architecture, made: Mapping[str, Recipes], width: int) -> Plan:
+    """The Plan in which each MLP has `width` units made by its recipes (METHOD.md 5)."""
+    folded = {
+        name: _folded(infos[name], mlp, slot, made[mlp.block])
+        for mlp in architecture.mlps
+        for name, slot in mlp.tensors.items()
+    }
+    outputs = tuple(folded.get(name) or unchanged(info, TRAINED) for name, info in infos.items())
     return Plan(outputs, (Edit(architecture.width_path, width),))
 
 
-def widened(plan: Plan, names: Iterable[str], dtype: str) -> Plan:
-    """The same Plan with these tensors in another dtype."""
-    wanted = set(names)
-    return replace(plan, outputs=tuple(replace(o, dtype=dtype) if o.name in wanted else o for o in plan.outputs))
+def widened(plan: Plan, names: Iterable[str], trained: Checkpoint, architecture: Architecture) -> Plan:
+    """The same Plan with these tensors in float32, and a config that says so.
+
+    A loader that takes its dtype from there must not round the sums after all.
+    """
+    wanted, outputs = set(names), plan.outputs
+    outputs = tuple(replace(output, dtype=FLOAT32) if output.name in wanted else output for output in outputs)
+    scope, nested = architecture.family.scope, scoped(trained.config, architecture.family)
+    found = [(key, trained.config) for key in ("dtype", "torch_dtype")]
+    found += [(f"{scope}.{key}", nested) for key in ("dtype", "torch_dtype") if scope]
+    edits = (Edit(path, "float32") for path, config in found if isinstance(config.get(path.rpartition(".")[2]), str))
+    return Plan(outputs, (*plan.config, *edits))
 
 
-def _recipes(merges: Merges) -> tuple[list[Recipe], list[Recipe], list[Recipe]]:
+def texts(text: str, plan: Plan, manifest: Manifest | None) -> tuple[str, str | None]:
+    """(config.json, ckptgrow.json) of the result: without the growth that `manifest` tells of, with the one before it.
+
+    Where the base's own config says the same, it is that text.
+    """
+    text = without(text, CONFIG_KEY)
+    for edit in plan.config:
+        text = set_value(text, edit.path, edit.value)
+    if manifest is None:
+        return text, None
+    try:
+        was = json.loads(manifest.base.config)
+        entry = was.pop(CONFIG_KEY, None)
+        bare = set_value(without(manifest.base.config, CONFIG_KEY), plan.config[0].path, plan.config[0].value)
+    except (ValueError, AttributeError):
+        return text, None
+    if json.loads(bare) == json.loads(text):
+        text = manifest.base.config
+    elif entry is not None:
+        text = set_value(text, CONFIG_KEY, entry)
+    before = previous(manifest)
+    known = before is not None and isinstance(entry, dict) and entry.get("manifest") == before.digest
+    return text, before.text() if known and before is not None else None
+
+
+def recipes(merges: Merges) -> Recipes:
     """For each unit that stays what its column of down, its row of up, and its other rows are made of."""
     added: dict[tuple[bool, int], list[tuple[int, float]]] = defaultdict(list)
     for unit in merges.go.tolist():
@@ -99,41 +137,33 @@ def _recipes(merges: Merges) -> tuple[list[Recipe], list[Recipe], list[Recipe]]:
             added[bool(merges.through_up[unit]), int(merges.into[unit])].append((unit, float(merges.scale[unit])))
     stay = merges.stay.tolist()
     down, up = ([((unit, WHOLE), *added[way, unit]) for unit in stay] for way in (False, True))
-    return down, up, [((unit, WHOLE),) for unit in stay]
+    return {"down": down, "up": up, "gate": [((unit, WHOLE),) for unit in stay]}
 
 
-def _folded(info: TensorInfo, mlp: Mlp, slot: Slot, recipes: Mapping[str, list[Recipe]], rows: list[Recipe]) -> Output:
+def _folded(info: TensorInfo, mlp: Mlp, slot: Slot, made: Recipes) -> Output:
     """One tensor of an MLP, narrowed."""
-    parts = tuple(
-        part for i, lane in enumerate(slot.lanes) for part in _parts(info.name, recipes.get(lane, rows), i * mlp.width)
-    )
-    size = len(rows) * len(slot.lanes)
+    parts = tuple(part for i, lane in enumerate(slot.lanes) for part in _parts(info.name, made[lane], i * mlp.width))
+    size = sum(part.size for part in parts)
     shape = tuple(size if axis == slot.axis else extent for axis, extent in enumerate(info.shape))
     return Output(info.name, info.dtype, shape, slot.axis, parts, mlp.member(info.name))
 
 
-def _parts(name: str, recipes: list[Recipe], offset: int) -> Iterator[Part]:
-    """Neighbours that are made in the same way are one part."""
-    run: list[Recipe] = []
-    for recipe in recipes:
-        if run and _factors(recipe) != _factors(run[0]):
-            yield _part(name, run, offset)
-            run = []
-        run.append(recipe)
-    if run:
-        yield _part(name, run, offset)
-
-
-def _factors(recipe: Recipe) -> tuple[float, ...]:
-    return tuple(factor for _, factor in recipe)
+def _parts(name: str, made: list[Recipe], offset: int) -> Iterator[Part]:
+    """Neighbours that are sums of equally many are one part."""
+    for _, run in groupby(made, key=len):
+        yield _part(name, list(run), offset)
 
 
 def _part(name: str, run: list[Recipe], offset: int) -> Part:
     terms = (
-        Term(TRAINED, name, _picked([offset + recipe[i][0] for recipe in run]), factor)
-        for i, factor in enumerate(_factors(run[0]))
+        Term(TRAINED, name, _picked([offset + unit for unit, _ in turn]), _scale([factor for _, factor in turn]))
+        for turn in zip(*run, strict=True)
     )
     return Part(len(run), tuple(terms))
+
+
+def _scale(factors: list[float]) -> float | tuple[float, ...]:
+    return factors[0] if len(set(factors)) == 1 else tuple(factors)
 
 
 def _picked(units: list[int]) -> Units:

@@ -50,12 +50,12 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """scale x share of the picked `units` of tensor `name` in checkpoint `source`."""
+    """scale x share of the picked `units` of tensor `name` in checkpoint `source`; one scale for all, or one a unit."""
 
     source: str
     name: str
     units: Units
-    scale: float = 1.0
+    scale: float | tuple[float, ...] = 1.0
     share: Share | None = None
 
     @property
@@ -231,6 +231,8 @@ def _check_term(output: Output, part: Part, term: Term, sources: Sources) -> Non
     extent = info.shape[output.axis] if info.shape else 1
     if len(term.units) != part.size:
         raise PlanError(f"{len(term.units)} units picked for a part of {part.size}")
+    if isinstance(term.scale, tuple) and len(term.scale) != part.size:
+        raise PlanError(f"{len(term.scale)} scales for a part of {part.size}")
     if isinstance(term.units, range) and term.units.step != 1:
         raise PlanError("a range of units must be contiguous")
     ends = (term.units[0], term.units[-1]) if isinstance(term.units, range) and part.size else term.units
@@ -260,7 +262,7 @@ def _term_json(term: Term) -> dict[str, Any]:
     units: Any = [term.units.start, term.units.stop] if isinstance(term.units, range) else {"picked": [*term.units]}
     described: dict[str, Any] = {"source": term.source, "name": term.name, "units": units}
     if term.scale != 1.0:
-        described["scale"] = term.scale
+        described["scale"] = term.scale if isinstance(term.scale, float) else [*term.scale]
     if term.share:
         described["share"] = _share_json(term.share)
     return described

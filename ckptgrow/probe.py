@@ -73,6 +73,12 @@ def forward(
     checkpoint: Checkpoint, mlp: Mlp, activation: Callable[[Tensor], Tensor], inputs: Tensor, progress: Progress
 ) -> Tensor:
     """The MLP's output without the bias of down, which growth leaves alone. inputs and result: [n, hidden]."""
+    hidden = activated(activation, answers(checkpoint, mlp, inputs, progress))
+    return _applied(checkpoint, mlp.down, mlp.tensors[mlp.down].axis, hidden)
+
+
+def answers(checkpoint: Checkpoint, mlp: Mlp, inputs: Tensor, progress: Progress) -> dict[str, Tensor]:
+    """What gate and up say to the inputs, biases included: [n, units] each."""
     lanes: dict[str, Tensor] = {}
     for name, slot in mlp.tensors.items():
         if name != mlp.down:
@@ -80,8 +86,12 @@ def forward(
             for lane, piece in zip(slot.lanes, made.chunk(len(slot.lanes), -1), strict=True):
                 lanes[lane] = lanes[lane] + piece if lane in lanes else piece
         progress(checkpoint.infos[name].nbytes)
-    hidden = activation(lanes["gate"]) * lanes["up"] if "gate" in lanes else activation(lanes["up"])
-    return _applied(checkpoint, mlp.down, mlp.tensors[mlp.down].axis, hidden)
+    return lanes
+
+
+def activated(activation: Callable[[Tensor], Tensor], lanes: Mapping[str, Tensor]) -> Tensor:
+    """[n, units]: what goes into down."""
+    return activation(lanes["gate"]) * lanes["up"] if "gate" in lanes else activation(lanes["up"])
 
 
 def _vector(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -29,6 +29,7 @@ from ckptgrow.units import Units, alike, lanes_of, largest_magnitudes, stretches
 
 Mask = NDArray[np.bool_]
 DEAD = -1
+NEIGHBOURS = 8  # with which each unit is compared where rows need not be equal
 MOST_ROUNDS = 8  # how many unlike directions are looked for among units with one gate
 
 
@@ -85,6 +86,7 @@ class Redundancy:
     finite: Mask
     weightless: Mask  # the column of down is zero
     gated: bool
+    apart: float = 0.0  # how far rows that count as equal are from each other
 
     @property
     def needed(self) -> int:
@@ -102,7 +104,7 @@ class Redundancy:
         going = going[len(going) - (self.mlp.width - width) :]
         into = kept.copy()
         into[going] = whole.into[going]
-        partner = np.where(partners >= 0, partners, self.rows)
+        partner = np.where((partners >= 0) & (self.apart == 0), partners, self.rows)
         same = (self.rows[partner] == self.rows) & (into[partner] == partner) & (into != kept)
         same &= (whole.scale == 1.0) & ~whole.through_up & self.finite[partner]
         return replace(whole, into=np.where(same, partner, into))
@@ -130,13 +132,18 @@ class Redundancy:
                 yield reason, stay[hit]
 
 
-def find(checkpoint: Checkpoint, mlp: Mlp, progress: Callable[[int], None]) -> Redundancy:
-    """The redundant units of one MLP, streamed."""
-    every = [
+def lanes_in(checkpoint: Checkpoint, mlp: Mlp) -> list[Lane]:
+    """Every lane of every tensor of an MLP."""
+    return [
         Lane(role, bits, checkpoint.infos[name].dtype)
         for name, slot in mlp.tensors.items()
         for role, bits in lanes_of(checkpoint, name, slot)
     ]
+
+
+def find(checkpoint: Checkpoint, mlp: Mlp, partners: Units, atol: float, progress: Callable[[int], None]) -> Redundancy:
+    """The redundant units of one MLP, streamed. Rows within `atol` of each other count as equal (case 1 alone)."""
+    every = lanes_in(checkpoint, mlp)
     down = next(lane for lane in every if lane.role == "down")
     linear = [lane for lane in every if lane.role == "up"] if any(lane.role == "gate" for lane in every) else []
     above = [lane for lane in every if lane.role != "down"]
@@ -145,15 +152,55 @@ def find(checkpoint: Checkpoint, mlp: Mlp, progress: Callable[[int], None]) -> R
     dead = weightless = next(zero for lane, zero, _ in told if lane is down)
     if linear:
         dead = weightless | np.logical_and.reduce([zero for lane, zero, _ in told if lane.role == "up"])
-    rows = alike([lane.bits for lane in above])
+    rows, apart = alike([lane.bits for lane in above]), 0.0
+    if atol:
+        rows, apart = _near(above, rows, partners, atol)
     equal, gates = _equal(rows, dead & finite, finite), rows
     full = equal
     if linear:
         gates = alike([lane.bits for lane in above if lane.role == "gate"])
-        full = _Parallel(linear, down, gates, finite, dead).merges(equal)
+        full = min(_Parallel(linear, down, gates, finite, dead).merges(equal), equal, key=lambda m: len(m.stay))
     for name in mlp.tensors:
         progress(checkpoint.infos[name].nbytes)
-    return Redundancy(mlp, equal, full, rows, gates, finite, weightless, bool(linear))
+    return Redundancy(mlp, equal, full, rows, gates, finite, weightless, bool(linear), apart)
+
+
+def _near(lanes: list[Lane], rows: Units, partners: Units, atol: float) -> tuple[Units, float]:
+    """(the first unit whose rows are within `atol`, the largest difference met), in place of equal units alone.
+
+    Looked for among the copies that a hint names, and among neighbours in a random projection of the rows.
+    """
+    own = np.flatnonzero(rows == np.arange(len(rows)))
+    draw, seen, reach = np.random.default_rng(0), np.zeros(len(rows)), 0.0
+    for lane in lanes:
+        signs = draw.choice([-1.0, 1.0], lane.bits.shape[0] * lane.bits.shape[2])
+        reach += atol * len(signs)
+        for some in stretches(lane.bits, np.arange(len(rows))):
+            seen[some] += np.nan_to_num(lane.values(some)) @ signs
+    order, hinted = own[np.argsort(seen[own], kind="stable")], own[partners[own] >= 0]
+    pairs = [(hinted, rows[partners[hinted]])]
+    for step in range(1, min(NEIGHBOURS, len(order) - 1) + 1):
+        one, other = order[:-step], order[step:]
+        close = np.abs(seen[one] - seen[other]) <= reach * (1 + 1e-6)
+        pairs.append((one[close], other[close]))
+    ones, others = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    low, high = np.minimum(ones, others), np.maximum(ones, others)
+    apart = _differences(lanes, low, high)
+    into, largest = np.arange(len(rows)), 0.0
+    for i in np.lexsort((high, low)):
+        if low[i] != high[i] and apart[i] <= atol and into[low[i]] == low[i] and into[high[i]] == high[i]:
+            into[high[i]], largest = low[i], max(largest, float(apart[i]))
+    return into[rows], largest
+
+
+def _differences(lanes: list[Lane], ones: Units, others: Units) -> Floats:
+    """The largest difference of a weight in any lane, for each pair of units."""
+    apart = np.zeros(len(ones))
+    for lane in lanes:
+        for some in stretches(lane.bits, np.arange(len(ones))):
+            off = np.abs(lane.values(ones[some]) - lane.values(others[some])).max(axis=1)
+            apart[some] = np.fmax(apart[some], np.where(np.isnan(off), np.inf, off))
+    return apart
 
 
 def _equal(rows: Units, dead: Mask, finite: Mask) -> Merges:

@@ -59,7 +59,9 @@ def _compare(
     findings = []
     for gate in np.flatnonzero(broken)[:1]:
         units = ", ".join(str(unit) for unit in np.flatnonzero(theirs == gate)[:4])
-        told = f"{int(broken.sum()):,} gates lead to something else: units {units} were off by {worst[gate]:.2g}"
+        count = int(broken.sum())
+        told = f"{count:,} gates lead" if count > 1 else "one gate leads"
+        told += f" to something else: units {units} are off by {worst[gate]:.2g}"
         findings.append(Finding(mlp.down, told))
     return findings, float(worst.max()) / (largest or 1.0)
 

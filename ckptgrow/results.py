@@ -166,6 +166,15 @@ class FoldedBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class Off:
+    """How far a folded MLP is from the trained one: |difference| / |output| over a batch of random inputs."""
+
+    name: str
+    layer: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class Folding:
     """What `fold` did, or with `planned` would do. `exit_code`: 0 done, 1 it does not fold to what was asked.
 
@@ -190,6 +199,9 @@ class Folding:
     planned: bool
     plan: Plan | None = None
     answers: tuple[Answer, ...] = ()
+    max_error: float | None = None
+    apart: float = 0.0  # how far rows that counted as equal are from each other
+    errors: tuple[Off, ...] = ()  # of a fold that is not exact
 
     @property
     def exit_code(self) -> int:
@@ -201,6 +213,7 @@ class Folding:
             field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("plan", "answers")
         }
         described["blocks"] = [asdict(block) for block in self.blocks]
+        described["errors"] = [asdict(off) for off in self.errors]
         described |= {"rounding": asdict(self.rounding), "answers": [asdict(answer) for answer in self.answers]}
         if self.planned and self.plan is not None:
             described["plan"] = self.plan.to_json()

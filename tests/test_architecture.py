@@ -73,6 +73,7 @@ ORDER = [
     "logits",
     "card",
     "results",
+    "lossy",
     "hub",
     "progress",
     "operations.growing",
@@ -110,7 +111,7 @@ HARMLESS |= {"re", "typing", "ckptgrow"}
 
 # What makes the result: the verifier must not call what it checks.
 MAKERS = {"plan", "policy", "surgery", "layout", "proof", "staging", "execute", "operations"}
-MAKERS |= {"sums", "redundancy", "folding"}
+MAKERS |= {"sums", "redundancy", "folding", "lossy"}
 
 
 def imports(source: str, everywhere: bool = True) -> Iterator[str]:

@@ -29,6 +29,7 @@ from ckptgrow.config import set_value, without
 from ckptgrow.errors import CkptgrowError, OutputError, PlanError, RequestError
 from ckptgrow.families import FAMILIES, locate
 from ckptgrow.layout import INDEX
+from ckptgrow.regrouped import regrouped
 from ckptgrow.training import freeze
 
 BLOCK = "model.layers.0.mlp"
@@ -559,6 +560,23 @@ def test_a_sum_rounded_once_is_told_from_a_wrong_one(base: Path, tmp_path: Path)
     assert (verdict(), verdict(rounded_once=True)) == ("no", "yes")
     checkpoints.edit(folded, lambda tensors: nudge(tensors[DOWN], 5))
     assert verdict(rounded_once=True) == "no"
+
+
+@pytest.mark.parametrize("name", [UP, DOWN])
+def test_one_unit_that_leads_elsewhere_is_seen(name: str, tmp_path: Path) -> None:
+    """The check by gates sees one unit of twelve that lost half of itself, rounded sums or not, and names it."""
+    grown = grow(checkpoints.make(tmp_path / "base", "llama"), tmp_path / "grown", policy="up")
+    folded = Path(ckptgrow.fold(train(grown, tmp_path / "trained", torch.bfloat16), tmp_path / "out").out)
+
+    def answer_of(rounded: bool) -> equivalence.Answer:
+        one, other = open_checkpoint(folded), open_checkpoint(tmp_path / "trained")
+        return regrouped(one, other, locate(one.config, one.infos), lambda _: None, rounded=rounded)
+
+    assert (answer_of(True).verdict, answer_of(False).verdict) == ("yes", "no")
+    checkpoints.edit(folded, lambda tensors: (tensors[name].T if name == DOWN else tensors[name])[5].mul_(0.5))
+    answer = answer_of(True)
+    assert (answer.verdict, answer.findings[0].tensor) == ("no", DOWN)
+    assert "one gate leads to something else: units 5, 17 are off by" in answer.findings[0].problem
 
 
 # ---------------------------------------------------------------- config.json

@@ -19,6 +19,9 @@ from ckptgrow.cli.group import as_json, bars, json_of, main, quiet
     type=click.Choice(["float32"]),
     help="Keep in float32 the tensors in which a sum would be rounded; without it each sum is rounded once.",
 )
+@click.option("--atol", type=float, default=0.0, metavar="A", help="Let rows that differ by no more count as equal.")
+@click.option("--lossy", is_flag=True, help="Not exact: make the nearest one of each unit and its copies.")
+@click.option("--max-error", type=float, metavar="E", help="With --lossy: write nothing where an MLP is off by more.")
 @click.option("--plan", is_flag=True, help="Say what would happen and write nothing; with --json the whole Plan.")
 @click.option("--force", is_flag=True, help="Replace an existing OUT, only after the new one is complete.")
 @as_json
@@ -30,6 +33,7 @@ def fold(trained: str, out: str, plan: bool, force: bool, as_json: bool, quiet: 
     too where their up rows or their columns of down are parallel, since a unit is linear in both. What was trained
     with `down`, `up` (even shares) or `g-train` (even shares, two copies) folds. What was trained with `g-freeze` does
     not: its gate rows moved, and two units with unequal gates are two different functions that no one unit can be.
+    --lossy makes the nearest narrow model instead, and says how far off each MLP is.
 
     Exit status: 0 written, 1 it does not fold to the width asked for (nothing is written), 2 could not tell.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,27 +14,26 @@ from typing import Literal
 from ckptgrow import folding
 from ckptgrow.card import folded_card, licence
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, open_checkpoint
-from ckptgrow.config import set_value, without
+from ckptgrow.config import set_value
 from ckptgrow.equivalence import Answer, proved, untouched
 from ckptgrow.errors import PlanError, RequestError
 from ckptgrow.execute import write_shards
-from ckptgrow.families import Architecture, locate, scoped
-from ckptgrow.folding import TRAINED, Hints, hints_of, widened
+from ckptgrow.families import Architecture, Mlp, locate
+from ckptgrow.folding import FLOAT32, TRAINED, Hints, hints_of
 from ckptgrow.hub import Origin, fetch
 from ckptgrow.layout import INDEX, Layout, lay
-from ckptgrow.manifest import CONFIG_KEY, previous
-from ckptgrow.plan import Edit, Plan
+from ckptgrow.manifest import CONFIG_KEY, Manifest
+from ckptgrow.plan import Plan
 from ckptgrow.progress import Meter, Progress, silent
 from ckptgrow.redundancy import DEAD, Redundancy, find
 from ckptgrow.regrouped import regrouped
-from ckptgrow.results import FoldedBlock, Folding, Left
+from ckptgrow.results import FoldedBlock, Folding, Left, Off
 from ckptgrow.staging import Staging, check_apart, check_space, check_target
 from ckptgrow.sums import Rounding, is_sum, roundings
 from ckptgrow.version import __version__
 
 Source = str | Path
 Dtype = Literal["float32"]
-FLOAT32 = "F32"
 NAMED = 4  # units named for each reason
 
 
@@ -44,11 +44,20 @@ def plan_fold(
     width: int | None = None,
     partial: bool = False,
     dtype: Dtype | None = None,
+    atol: float = 0.0,
+    lossy: bool = False,
+    max_error: float | None = None,
     progress: Progress | None = None,
     bars: bool = False,
 ) -> Folding:
-    """What `fold` would do with the same options, for `--plan`: reads all weights and writes nothing."""
-    return _prepare(fetch(trained, progress=bars), Path(out), _Wish(width, partial, dtype), progress or silent).told
+    """What `fold` would do with the same options, for `--plan`: reads all weights and writes nothing.
+
+    A lossy fold has no plan, since its error is measured on what was written. Raises RequestError for one.
+    """
+    if lossy:
+        raise RequestError("the error of a lossy fold is measured on what was written: it has no --plan")
+    wish = _Wish(width, partial, dtype, atol, lossy, max_error)
+    return _prepare(fetch(trained, progress=bars), Path(out), wish, progress or silent).told
 
 
 def fold(
@@ -58,6 +67,9 @@ def fold(
     width: int | None = None,
     partial: bool = False,
     dtype: Dtype | None = None,
+    atol: float = 0.0,
+    lossy: bool = False,
+    max_error: float | None = None,
     force: bool = False,
     progress: Progress | None = None,
     bars: bool = False,
@@ -67,22 +79,31 @@ def fold(
     To the base's width, which config.json says, or to the smallest exact one where it says none; `width` asks for
     another, `partial` takes the smallest that is exact, whatever it is. Where the weights do not allow that nothing is
     written and `exit_code` is 1. Sums are rounded once to their dtype, or with `dtype="float32"` kept in tensors of
-    float32. Raises CkptgrowError for what cannot be read or asked, and then nothing is left on disk.
+    float32.
+
+    Two ways give the exactness up, and measure the error of each MLP: `atol` lets rows count as equal that differ by no
+    more, `lossy` makes of each unit and its copies the one unit that comes nearest, and writes nothing where a
+    relative error is above `max_error`. Raises CkptgrowError for what cannot be read or asked, and then nothing is left
+    on disk.
     """
     origin, report, target = fetch(trained, progress=bars), progress or silent, Path(out).resolve()
     check_apart(target, origin.folder)
     check_target(Path(out), force=force)
-    job = _prepare(origin, Path(out), _Wish(width, partial, dtype), report)
+    job = _prepare(origin, Path(out), _Wish(width, partial, dtype, atol, lossy, max_error), report)
     if job.layout is None or job.told.plan is None:
         return replace(job.told, planned=False)
     check_space(target, job.told.bytes_to_write)
     with Staging(target, job.identity, force=force) as staging:
         total = sum(shard.nbytes for shard in job.layout.shards)
         write_shards(job.layout, {TRAINED: job.trained}, staging, Meter(report, "writing", total))
-        _write_rest(job, job.told.plan, staging)
+        off = _measured(job, staging, report) if job.inexact else ()
+        told = replace(job.told, planned=False, errors=off)
+        if max_error is not None and any(not one.error <= max_error for one in off):
+            return replace(told, width=None, plan=None)
+        _write_rest(job, job.told.plan, staging, max((one.error for one in off), default=0.0))
         answers = _checked(job, open_checkpoint(staging.folder), report)
         staging.commit()
-    return replace(job.told, planned=False, answers=answers)
+    return replace(told, answers=answers)
 
 
 # ---------------------------------------------------------------- what is asked, and what can be
@@ -95,12 +116,21 @@ class _Wish:
     width: int | None
     partial: bool
     dtype: str | None
+    atol: float = 0.0
+    lossy: bool = False
+    max_error: float | None = None
 
     def check(self, old: int) -> None:
         if self.width is not None and self.partial:
             raise RequestError("--width and --partial exclude each other")
         if self.width is not None and not (type(self.width) is int and 0 < self.width < old):
             raise RequestError(f"--width {self.width} is not below the present width {old}, or not above 0")
+        if not 0 <= self.atol < math.inf:
+            raise RequestError(f"--atol {self.atol}: give a difference of weights, 0 or above")
+        if self.lossy != (self.max_error is not None):
+            raise RequestError("--lossy and --max-error E go together: E is the largest relative error of an MLP")
+        if self.lossy and (self.partial or self.atol or not 0 < (self.max_error or 0.0) < math.inf):
+            raise RequestError("--lossy takes an error above 0, and neither --partial nor --atol")
         if self.dtype not in (None, "float32"):
             raise RequestError(f"--dtype {self.dtype}: sums are kept in float32, or in the dtype they have")
 
@@ -108,7 +138,9 @@ class _Wish:
         """(the width that is asked for, where one is; the width to fold to, None where that is not exact)."""
         asked = self.width if self.width is not None else None if self.partial else base_width
         wanted = smallest if asked is None else asked
-        return asked, wanted if smallest <= wanted < old else None
+        if self.lossy and asked is None:
+            raise RequestError("config.json does not say how wide the base was", hint="Give --width N.")
+        return asked, wanted if (smallest <= wanted or self.lossy) and wanted < old else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +154,7 @@ class _Job:
     told: Folding
     layout: Layout | None = None
     columns_only: bool = True  # nothing but columns of down was added up
+    inexact: bool = False
 
     @property
     def identity(self) -> str:
@@ -137,7 +170,8 @@ def _prepare(origin: Origin, out: Path, wish: _Wish, report: Progress) -> _Job:
     hints = hints_of(trained, architecture)
     meter = Meter(report, "comparing units", _mlp_bytes(trained, architecture))
     with ThreadPoolExecutor(max_workers=2) as pool:
-        found = list(pool.map(lambda mlp: find(trained, mlp, meter), architecture.mlps))
+        looked = pool.map(lambda m: find(trained, m, hints.partners(m), wish.atol, meter), architecture.mlps)
+        found = list(looked)
     smallest = max(one.needed for one in found)
     asked, width = wish.target(architecture.width, smallest, hints.base_width)
     told = Folding(
@@ -156,6 +190,8 @@ def _prepare(origin: Origin, out: Path, wish: _Wish, report: Progress) -> _Job:
         bytes_to_write=0,
         files_left_out=trained.companions()[1],
         planned=True,
+        max_error=wish.max_error,
+        apart=max(one.apart for one in found),
     )
     job = _Job(origin, trained, architecture, hints, told)
     return job if width is None else _planned(job, found, width, wish, report)
@@ -184,13 +220,15 @@ def _block(one: Redundancy, hints: Hints) -> FoldedBlock:
 def _planned(job: _Job, found: list[Redundancy], width: int, wish: _Wish, report: Progress) -> _Job:
     """The job with its Plan, what that rounds, and where each byte will lie."""
     trained, architecture = job.trained, job.architecture
-    chosen = {one.mlp.block: one.at(width, job.hints.partners(one.mlp)) for one in found}
-    plan = folding.fold(trained.infos, architecture, chosen, width)
+    chosen = {one.mlp.block: one.at(width, job.hints.partners(one.mlp)) for one in found if one.needed <= width}
+    made = {block: folding.recipes(merges) for block, merges in chosen.items()}
+    made |= _blended(job, [one.mlp for one in found if one.needed > width], width, report)
+    plan = folding.fold(trained.infos, architecture, made, width)
     plan.check({TRAINED: trained.infos})
     rounding = _rounding(plan, trained, report)
     wide = [name for name, cost in rounding.items() if cost.rounded] if wish.dtype else []
     if wide:
-        plan = _with_dtype(widened(plan, wide, FLOAT32), trained, architecture)
+        plan = folding.widened(plan, wide, trained, architecture)
         rounding |= _rounding(replace(plan, outputs=tuple(o for o in plan.outputs if o.name in wide)), trained, report)
     _check_size(rounding, plan)
     layout = lay(plan, trained.headers, trained.infos, trained.index, TRAINED)
@@ -204,8 +242,19 @@ def _planned(job: _Job, found: list[Redundancy], width: int, wish: _Wish, report
         bytes_to_write=layout.nbytes + small,
         plan=plan,
     )
-    only = all(one.columns_only(chosen[one.mlp.block]) for one in found)
-    return replace(job, told=told, layout=layout, columns_only=only)
+    only = all(one.columns_only(chosen[one.mlp.block]) for one in found if one.mlp.block in chosen)
+    inexact = len(chosen) < len(found) or job.told.apart > 0
+    return replace(job, told=told, layout=layout, columns_only=only, inexact=inexact)
+
+
+def _blended(job: _Job, mlps: list[Mlp], width: int, report: Progress) -> dict[str, folding.Recipes]:
+    """The recipes of the MLPs that do not fold exactly."""
+    if not mlps:
+        return {}
+    from ckptgrow.lossy import blended
+
+    meter = Meter(report, "fitting", sum(job.trained.infos[name].nbytes for mlp in mlps for name in mlp.tensors))
+    return {m.block: blended(job.trained, job.architecture, m, width, job.hints.partners(m), meter) for m in mlps}
 
 
 def _rounding(plan: Plan, trained: Checkpoint, report: Progress) -> dict[str, Rounding]:
@@ -228,17 +277,6 @@ def _check_size(rounding: dict[str, Rounding], plan: Plan) -> None:
             )
 
 
-def _with_dtype(plan: Plan, trained: Checkpoint, architecture: Architecture) -> Plan:
-    """A loader that takes its dtype from the config must not round the sums after all."""
-    scope, nested = architecture.family.scope, scoped(trained.config, architecture.family)
-    found = [(key, trained.config) for key in ("dtype", "torch_dtype")]
-    found += [(f"{scope}.{key}", nested) for key in ("dtype", "torch_dtype") if scope]
-    edits = tuple(
-        Edit(path, "float32") for path, config in found if isinstance(config.get(path.rpartition(".")[2]), str)
-    )
-    return replace(plan, config=(*plan.config, *edits))
-
-
 def _mlp_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
     return sum(checkpoint.infos[name].nbytes for mlp in architecture.mlps for name in mlp.tensors)
 
@@ -246,46 +284,30 @@ def _mlp_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
 # ---------------------------------------------------------------- writing
 
 
-def _write_rest(job: _Job, plan: Plan, staging: Staging) -> None:
+def _write_rest(job: _Job, plan: Plan, staging: Staging, error: float) -> None:
     """All files but the shards; config last."""
     trained, folder = job.trained, job.trained.folder
     for file in trained.companions()[0]:
         staging.copy(folder / file, file)
     if job.layout is not None and job.layout.index is not None:
         staging.put(INDEX, job.layout.index)
-    config, manifest = _config(job, plan)
+    config, manifest = folding.texts(job.trained.config_text, plan, _known(job))
     if manifest is not None:
         staging.put(MANIFEST, manifest)
     widths = (job.told.old_width, job.told.width or 0)
     name = job.hints.manifest.base.id if job.hints.manifest else folder.resolve().name
     layers = len(job.architecture.mlps)
-    staging.put(CARD, folded_card(name, layers, widths, _sums(job.told), licence(folder / CARD)))
+    off = error if job.inexact else None
+    staging.put(CARD, folded_card(name, layers, widths, _sums(job.told), off, licence(folder / CARD)))
+    if job.inexact:
+        config = set_value(config, CONFIG_KEY, {"lossy": {"largest_error": float(f"{error:.3g}")}})
     staging.put(CONFIG, config)
 
 
-def _config(job: _Job, plan: Plan) -> tuple[str, str | None]:
-    """(config.json, ckptgrow.json): without the growth that was folded away, with the one before it if there was one.
-
-    Where the base's own text says the same, it is that text.
-    """
-    text, manifest = without(job.trained.config_text, CONFIG_KEY), job.hints.manifest
-    for edit in plan.config:
-        text = set_value(text, edit.path, edit.value)
-    if manifest is None or job.told.width != job.hints.base_width:
-        return text, None
-    try:
-        was = json.loads(manifest.base.config)
-        entry = was.pop(CONFIG_KEY, None)
-        bare = set_value(without(manifest.base.config, CONFIG_KEY), plan.config[0].path, job.told.width)
-    except (ValueError, AttributeError):
-        return text, None
-    if json.loads(bare) == json.loads(text):
-        text = manifest.base.config
-    elif entry is not None:
-        text = set_value(text, CONFIG_KEY, entry)
-    before = previous(manifest)
-    known = before is not None and isinstance(entry, dict) and entry.get("manifest") == before.digest
-    return text, before.text() if known and before is not None else None
+def _known(job: _Job) -> Manifest | None:
+    """The manifest of the growth that was folded away, where what is left has the base's width."""
+    exact = not job.inexact and job.told.width == job.hints.base_width
+    return job.hints.manifest if exact else None
 
 
 def _sums(told: Folding) -> str:
@@ -314,12 +336,27 @@ def _checked(job: _Job, written: Checkpoint, report: Progress) -> tuple[Answer, 
     return answers
 
 
+def _measured(job: _Job, staging: Staging, report: Progress) -> tuple[Off, ...]:
+    """The error of each MLP in the shards that lie there."""
+    from ckptgrow.lossy import measured
+
+    staging.put(CONFIG, folding.texts(job.trained.config_text, job.told.plan or Plan(()), None)[0])
+    if job.layout is not None and job.layout.index is not None:
+        staging.put(INDEX, job.layout.index)
+    written = open_checkpoint(staging.folder)
+    architecture = locate(written.config, written.infos)
+    nbytes = _mlp_bytes(job.trained, job.architecture) + _mlp_bytes(written, architecture)
+    return measured(written, job.trained, architecture, job.architecture, Meter(report, "measuring", nbytes))
+
+
 def _answers(job: _Job, written: Checkpoint, report: Progress) -> Iterator[Answer]:
     """The trained one is a growth of the folded one where only columns were added; else its gates lead to the same."""
     trained, architecture = job.trained, locate(written.config, written.infos)
     inside = _mlp_bytes(trained, job.architecture) + _mlp_bytes(written, architecture)
     outside = trained.tensor_bytes + written.tensor_bytes - inside
     yield untouched(written, trained, architecture, Meter(report, "comparing", outside))
+    if job.inexact:
+        return
     cost, meter = job.told.rounding, Meter(report, "proving", inside)
     if job.columns_only:
         rounds = cost.rounded > 0 or job.told.widened > 0

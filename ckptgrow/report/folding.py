@@ -18,6 +18,9 @@ def folding(what: Folding) -> str:
 
 def _folding(what: Folding) -> Iterator[str]:
     yield from widths((b.name, b.layer, _width(b, what)) for b in what.blocks)
+    if what.apart:
+        yield row("within", f"{what.apart:.3g}: rows that counted as equal differ by no more")
+    yield from _errors(what)
     if what.width is None:
         yield from _refused(what)
         return
@@ -30,6 +33,8 @@ def _folding(what: Folding) -> Iterator[str]:
     if what.files_left_out:
         yield row("left out", ", ".join(what.files_left_out))
     yield from answers(what.answers)
+    if what.errors:
+        yield row("note", "this is NOT the same function, and config.json and the model card say so")
     yield f"would write {what.out}" if what.planned else f"wrote {what.out}"
 
 
@@ -41,7 +46,18 @@ def _width(block: FoldedBlock, what: Folding) -> str:
     return f"{block.width:,} -> {what.width:,} units ({told})"
 
 
+def _errors(what: Folding) -> Iterator[str]:
+    """What a fold that is not exact costs, layer by layer."""
+    for off in what.errors:
+        over = ", too much" if what.max_error is not None and not off.error <= what.max_error else ""
+        yield row("error", f"{off.name}: off by {off.error:.2g} of its output on random inputs{over}")
+
+
 def _refused(what: Folding) -> Iterator[str]:
+    if what.errors:
+        worst = max(off.error for off in what.errors)
+        yield f"{what.trained}: does not fold within {what.max_error} (an MLP would be off by {worst:.2g})"
+        return
     broken = [block for block in what.blocks if block.smallest > (what.asked or 0)]
     lines = [*joined((b.name, b.layer, _left(left, b)) for b in broken for left in b.left)]
     yield from (f"  {line}" for line in lines[:SHOWN])
