@@ -32,7 +32,8 @@ def trained(
     model = transformers.AutoModelForCausalLM.from_pretrained(root / "grown", dtype=torch.float32)
     handle = freeze(model)
     optimizer = torch.optim.Adam(handle.trained().values(), lr=2e-4)
-    tokens = transformers.AutoTokenizer.from_pretrained(real_gemma)(TEXT.read_text("utf-8")).input_ids
+    tokenizer = transformers.AutoTokenizer.from_pretrained(real_gemma)
+    tokens = tokenizer(TEXT.read_text("utf-8")).input_ids
     losses = []
     for step in range(30):
         batch = torch.tensor([tokens[96 * step % 2000 :][:96]])
@@ -44,8 +45,9 @@ def trained(
     assert losses[-1] < losses[0]
     handle.check(optimizer)
     handle.remove()
-    model.save_pretrained(root / "fp32")
-    model.to(torch.bfloat16).save_pretrained(root / "bf16")
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model.to(dtype).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
     yield policy, root / "grown", root / "bf16", root / "fp32"
     shutil.rmtree(root)
 
