@@ -150,5 +150,7 @@ def _traced(term: Term, low: int, high: int, output: Output) -> Iterator[Term]:
     for start, part in output.placed():
         if start <= first < start + part.size:
             for inner in part.terms:
+                if isinstance(inner.scale, tuple) or isinstance(term.scale, tuple):
+                    raise PlanError("only one scale for all units can be traced back")
                 units = inner.units[first - start : first - start + high - low]
                 yield replace(inner, units=units, scale=inner.scale * term.scale)
