@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 
 import ckptgrow
@@ -29,6 +31,7 @@ from ckptgrow.manifest import Manifest, load_manifest
 from ckptgrow.policy import POLICIES
 from ckptgrow.training import FreezeError, How, SplitLinear, freeze
 from ckptgrow.training.cut import Cut, cut_of, fingerprint, interleave
+from ckptgrow.training.handle import _LIVE
 from ckptgrow.training.mask import MaskHandle
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -485,14 +488,31 @@ def test_requires_grad_set_again_stops_the_first_step(grown: Path, how: How) -> 
 
 @pytest.mark.parametrize("how", ["split", "mask"])
 def test_other_optimizers_are_left_alone(grown: Path, how: How) -> None:
-    """The watch is for this model; it ends with the handle."""
-    watching = len(_global_optimizer_pre_hooks)
+    """One watch for all handles, however many; it ends for a model with its handle, and for none is a model kept."""
     handle = freeze(Toy(grown), grown, how)
+    watching = len(_global_optimizer_pre_hooks)
     other = Toy(grown)
     steps(other, adamw(other), 1)
-    assert len(_global_optimizer_pre_hooks) == watching + 1
-    handle.remove()
+    freeze(other, grown, how)
     assert len(_global_optimizer_pre_hooks) == watching
+    assert handle in _LIVE
+    handle.remove()
+    assert handle not in _LIVE
+    gone = weakref.ref(freeze(Toy(grown), grown, how))
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_handle_that_is_collected_during_a_step_does_no_harm(grown: Path) -> None:
+    """Torch goes through its hooks while they run, and a collection may come at any moment."""
+    freeze(Toy(grown), grown)
+    model = Toy(grown)
+    freeze(model, grown)
+    register = register_optimizer_step_pre_hook(lambda *_: [gc.collect()].clear())
+    try:
+        steps(model, adamw(model), 1)
+    finally:
+        register.remove()
 
 
 def test_an_optimizer_made_before_the_split_is_told(grown: Path) -> None:

@@ -10,12 +10,14 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from ckptgrow.manifest import Manifest
 from ckptgrow.training.cut import Cut, fingerprint
@@ -60,8 +62,8 @@ class Handle(ABC):
         model.requires_grad_(False)
         self._install()
         self._prints = {name: _print(tensor, cut) for name, tensor, cut in self._frozen()}
-        self._watch = register_optimizer_step_pre_hook(_first_step(weakref.ref(self)))
-        weakref.finalize(self, self._watch.remove)
+        _LIVE.add(self)
+        _watch_optimizers()
         model.__dict__[KEPT_AS] = self
 
     def __reduce__(self) -> Any:
@@ -121,7 +123,7 @@ class Handle(ABC):
 
     def remove(self) -> None:
         """The model as it was before, with what it has learned: plain modules, no hooks, requires_grad as before."""
-        self._watch.remove()
+        _LIVE.discard(self)
         self._uninstall()
         self.model.__dict__.pop(KEPT_AS, None)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -155,15 +157,19 @@ class Handle(ABC):
                 )
 
 
-def _first_step(reference: weakref.ref[Handle]) -> Any:
-    """A hook for all optimizers that does not keep the handle, and with it the model, alive."""
+_LIVE: weakref.WeakSet[Handle] = weakref.WeakSet()  # keeps no handle, and with it no model, alive
 
-    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        handle = reference()
-        if handle is not None:
-            handle.before_first_step(optimizer)
 
-    return hook
+@cache
+def _watch_optimizers() -> RemovableHandle:
+    """One hook for all optimizers and handles, set once: torch's hooks must not go while it runs them, and a handle may
+    be collected at any moment."""
+    return register_optimizer_step_pre_hook(_first_step)
+
+
+def _first_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for handle in list(_LIVE):
+        handle.before_first_step(optimizer)
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
