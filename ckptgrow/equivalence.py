@@ -15,19 +15,20 @@ made again without rounding where float64 was too short, so "exactly" holds for 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptgrow import configs
 from ckptgrow.checkpoint import Bits, Checkpoint
 from ckptgrow.errors import FormatError
-from ckptgrow.families import Architecture, Mlp, scoped
+from ckptgrow.families import Architecture, Mlp
 from ckptgrow.numeric import Floats, decode, rounded
 from ckptgrow.units import (
     BLOCK_BYTES,
@@ -47,7 +48,6 @@ Verdict = Literal["yes", "no", "cannot tell", "not run"]
 Progress = Callable[[int], None]
 
 SHOWN = 20  # findings kept for an answer
-NEUTRAL_KEYS = frozenset({"ckptgrow", "transformers_version", "_name_or_path", "torch_dtype", "dtype"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,8 @@ def untouched(base: Checkpoint, grown: Checkpoint, architecture: Architecture, p
     with _pool() as pool:
         problems = pool.map(lambda name: _difference(base, grown, name, progress), shared)
         findings += [Finding(name, problem) for name, problem in zip(shared, problems, strict=True) if problem]
-    findings += _config_changes(base, grown, architecture)
-    unclear = [*_config_unclear(base, grown, architecture)]
+    findings += map(_in_config, configs.changes(base.config, grown.config, architecture))
+    unclear = [*map(_in_config, configs.unclear(base.config, grown.config, architecture))]
     verdict: Verdict = "no" if findings else "cannot tell" if unclear else "yes"
     same = len(set(shared) - {finding.tensor for finding in findings})
     figure = f"{same:,} of {len(base.infos) - len(inside):,} tensors outside the MLPs are byte-identical"
@@ -92,12 +92,20 @@ def proved(
 
     `rounded_once`: the base's columns may be such sums rounded to the base's dtype, which need not be the grown one's.
     """
+
+    def prove(mlp: Mlp) -> list[_Proof]:
+        often = architecture.family.statistics or mlp.site.template.normed
+        numbers = range(mlp.experts) if mlp.experts > 1 else (None,)
+        return [_prove(base, grown, mlp, expert, often, rounded_once, progress) for expert in numbers]
+
     with _pool() as pool:
-        results = list(pool.map(lambda mlp: _prove(base, grown, mlp, progress, rounded_once), architecture.mlps))
+        proofs = list(pool.map(prove, architecture.mlps))
+    results = [result for proof in proofs for result in proof]
     findings = [finding for result in results for finding in result.findings]
-    findings += _config_widths(grown, architecture, [result.width for result in results])
+    widths = {mlp.block: proof[0].width for mlp, proof in zip(architecture.mlps, proofs, strict=True)}
+    findings += map(_in_config, configs.untold(base.config, grown.config, architecture, widths))
     error = max(result.error for result in results)
-    units, copies = sum(mlp.width for mlp in architecture.mlps), sum(result.width for result in results)
+    units, copies = sum(m.width * m.experts for m in architecture.mlps), sum(result.width for result in results)
     zero = sum(result.zero for result in results)
     loose = f" and {zero:,} unit{'s' if zero != 1 else ''} with a zero column" if zero else ""
     off = "each sum rounded once" if rounded_once and not error else f"largest error {error!r}"
@@ -106,6 +114,10 @@ def proved(
         broken = len({finding.tensor for finding in findings})
         figure = f"wrong in {broken} tensor{'s' if broken != 1 else ''}, largest error {error!r}"
     return Answer("proved", "no" if findings else "yes", figure, tuple(findings[:SHOWN]))
+
+
+def _in_config(problem: str) -> Finding:
+    return Finding("config.json", problem)
 
 
 def _pool() -> ThreadPoolExecutor:
@@ -144,43 +156,6 @@ def _exactly(file: Any, size: int) -> bytes:
     return data
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a nested config, by dotted path, without the keys that say nothing about the function."""
-    for key, value in config.items():
-        if key in NEUTRAL_KEYS:
-            continue
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _config_changes(base: Checkpoint, grown: Checkpoint, architecture: Architecture) -> Iterator[Finding]:
-    mine, theirs = dict(_flat(base.config)), dict(_flat(grown.config))
-    for key in (mine.keys() & theirs.keys()) - {architecture.width_path}:
-        if json.dumps(mine[key]) != json.dumps(theirs[key]):  # as text: NaN is itself, 1 is not 1.0
-            yield Finding("config.json", f"{key} is {theirs[key]!r}, in the base {mine[key]!r}")
-
-
-def _config_unclear(base: Checkpoint, grown: Checkpoint, architecture: Architecture) -> Iterator[Finding]:
-    """Keys that only one config has: transformers writes its defaults out when it saves, the Hub often does not."""
-    mine, theirs = dict(_flat(base.config)), dict(_flat(grown.config))
-    for key in sorted((mine.keys() ^ theirs.keys()) - {architecture.width_path}):
-        where = "the base" if key in mine else "the grown one"
-        yield Finding("config.json", f"{key} stands only in {where}: the other has a default that is not written here")
-
-
-def _config_widths(grown: Checkpoint, architecture: Architecture, widths: list[int]) -> Iterator[Finding]:
-    """The config must say the widths that the tensors have, or nobody can load them (0: one that could not be read)."""
-    says = scoped(grown.config, architecture.family).get(architecture.family.width)
-    known = [(mlp, width) for mlp, width in zip(architecture.mlps, widths, strict=True) if width]
-    if says is None and all(width == mlp.width for mlp, width in known):
-        return
-    if any(architecture.told(says, mlp) != width for mlp, width in known):
-        found = ", ".join(str(width) for width in sorted({width for _, width in known}))
-        yield Finding("config.json", f"{architecture.width_path} is {says!r}, but the tensors have width {found}")
-
-
 # ---------------------------------------------------------------- proved
 
 
@@ -194,24 +169,55 @@ class _Proof:
     zero: int = 0
 
 
-def _prove(base: Checkpoint, grown: Checkpoint, mlp: Mlp, progress: Progress, rounded_once: bool) -> _Proof:
+def _prove(
+    base: Checkpoint,
+    grown: Checkpoint,
+    mlp: Mlp,
+    expert: int | None,
+    often: bool,
+    rounded_once: bool,
+    progress: Progress,
+) -> _Proof:
+    """One MLP, or one of the experts that share its tensors; `often`: each unit must come equally often."""
     misfits = list(_misfits(base, grown, mlp, mlp.down if rounded_once else None))
     if misfits:
         return _Proof(0, 0.0, tuple(misfits))
-    rows = [lane for name, slot in mlp.tensors.items() if name != mlp.down for lane in lanes(base, grown, name, slot)]
+    rows = [
+        lane
+        for name, slot in mlp.tensors.items()
+        if name != mlp.down
+        for lane in lanes(base, grown, name, slot, mlp.grain, expert)
+    ]
     copies, originals = match(rows, fast_digests)
     wrong = unequal(rows, copies, originals)
     if wrong is not None:  # the fast digest may collide: ask a slow one before saying no
         copies, originals = match(rows, slow_digests)
         wrong = unequal(rows, copies, originals)
     for name in mlp.tensors:
-        progress(base.infos[name].nbytes + grown.infos[name].nbytes)
+        progress((base.infos[name].nbytes + grown.infos[name].nbytes) // mlp.experts)
+    width = len(copies) * mlp.grain
     if wrong is not None:
-        return _Proof(len(copies), 0.0, (Finding(wrong[0], f"unit {wrong[1]} equals no unit of the base"),))
-    sums = _Sums(base, grown, mlp, copies, originals, rounded_once)
+        return _Proof(width, 0.0, (Finding(wrong[0], f"unit {wrong[1]} equals no unit of the base"),))
+    if not mlp.down:
+        return _Proof(width, 0.0, tuple(_lost(rows, copies)))
+    sums = _Sums(base, grown, mlp, expert, copies, originals, rounded_once)
     dtypes = {name: base.infos[name].dtype for name in mlp.tensors}
     findings = [*_strangers(rows, dtypes, sums.unmatched()), *_broken(rows, dtypes, sums.free()), *sums.findings()]
-    return _Proof(len(copies), sums.error, tuple(findings), int(sums.zero.sum()))
+    findings += _uneven(mlp, copies, originals) if often else ()
+    return _Proof(width, sums.error, tuple(findings), int(sums.zero.sum()) * mlp.grain)
+
+
+def _lost(rows: list[Rows], copies: Units) -> Iterator[Finding]:
+    """A spare expert has no columns that could be zero: all its units must be the base's."""
+    for unit in np.flatnonzero(copies < 0)[:1]:
+        yield Finding(rows[0].name, f"unit {unit} equals no unit of the base")
+
+
+def _uneven(mlp: Mlp, copies: Units, originals: Units) -> Iterator[Finding]:
+    """Statistics over the width stay what they are only if every base unit comes equally often."""
+    times, before = (np.bincount(found[found >= 0], minlength=len(originals)) for found in (copies, originals))
+    if (copies < 0).any() or (times * len(originals) != before * len(copies)).any():
+        yield Finding(mlp.block, "it takes statistics over its units, and some come more often than others")
 
 
 def _misfits(base: Checkpoint, grown: Checkpoint, mlp: Mlp, any_dtype: str | None) -> Iterator[Finding]:
@@ -223,13 +229,16 @@ def _misfits(base: Checkpoint, grown: Checkpoint, mlp: Mlp, any_dtype: str | Non
     yield from (Finding(name, "it is missing") for name in missing)
     if missing:
         return
-    shape, axis = grown.infos[mlp.down].shape, mlp.tensors[mlp.down].axis
-    width = shape[axis] if axis < len(shape) else 0
+    first = mlp.down or next(iter(mlp.tensors))
+    shape, slot = grown.infos[first].shape, mlp.tensors[first]
+    width = Fraction(shape[slot.axis] if slot.axis < len(shape) else 0, len(slot.lanes)) / slot.places
     for name, slot in mlp.tensors.items():
         mine, its = base.infos[name], grown.infos[name]
-        expected = tuple(width * len(slot.lanes) if i == slot.axis else n for i, n in enumerate(mine.shape))
+        places = width * slot.places * len(slot.lanes)
+        expected = tuple(places if i == slot.axis else n for i, n in enumerate(mine.shape))
         if its.shape != expected or (its.dtype != mine.dtype and name != any_dtype):
-            problem = f"{its.dtype} {list(its.shape)}, where {mine.dtype} {list(expected)} belongs to width {width}"
+            shown = f"[{', '.join(map(str, expected))}]"
+            problem = f"{its.dtype} {list(its.shape)}, where {mine.dtype} {shown} belongs to width {width}"
             yield Finding(name, problem)
 
 
@@ -265,12 +274,19 @@ class _Sums:
     """The columns of down, added up over the copies of each base unit, streamed over the slices before the axis."""
 
     def __init__(
-        self, base: Checkpoint, grown: Checkpoint, mlp: Mlp, copies: Units, originals: Units, rounded_once: bool
+        self,
+        base: Checkpoint,
+        grown: Checkpoint,
+        mlp: Mlp,
+        expert: int | None,
+        copies: Units,
+        originals: Units,
+        rounded_once: bool,
     ) -> None:
         self.name, slot = mlp.down, mlp.tensors[mlp.down]
         self._dtypes = (base.infos[mlp.down].dtype, grown.infos[mlp.down].dtype)
         self.copies, self.originals, self._rounded_once = copies, originals, rounded_once
-        self._mine, self._its = as_units(base, mlp.down, slot), as_units(grown, mlp.down, slot)
+        self._mine, self._its = (as_units(c, mlp.down, slot, mlp.grain, expert) for c in (base, grown))
         self._turns, self._base_turns = list(turns(copies)), list(turns(originals))
         self._lost = np.flatnonzero(copies < 0)
         self._seen = np.zeros(len(copies), self._its.dtype)

@@ -97,7 +97,8 @@ def widened(plan: Plan, names: Iterable[str], trained: Checkpoint, architecture:
     """
     wanted, outputs = set(names), plan.outputs
     outputs = tuple(replace(output, dtype=FLOAT32) if output.name in wanted else output for output in outputs)
-    scope, nested = architecture.family.scope, scoped(trained.config, architecture.family)
+    scope = architecture.groups[0].site.scope
+    nested = scoped(trained.config, scope, architecture.family)
     found = [(key, trained.config) for key in ("dtype", "torch_dtype")]
     found += [(f"{scope}.{key}", nested) for key in ("dtype", "torch_dtype") if scope]
     edits = (Edit(path, "float32") for path, config in found if isinstance(config.get(path.rpartition(".")[2]), str))

@@ -62,7 +62,7 @@ def recall(manifest: Manifest, file: str) -> Past:
     """The growth that a manifest describes. Raises FormatError where it does not say enough, or contradicts itself."""
     try:
         base, growth = described(manifest.base), growth_of(manifest)
-        architecture = locate(base.config, base.infos)
+        architecture = locate(base.config, base.infos, growth.tower).only(growth.experts)
         plan = surgery.expand(base.infos, architecture, growth)
         mask = read_mask(plan, base, architecture, growth)
     except CkptgrowError as error:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ckptgrow.checkpoint import Checkpoint
 from ckptgrow.equivalence import Progress
 from ckptgrow.errors import RequestError
-from ckptgrow.families import Architecture, Mlp, scoped
+from ckptgrow.families import Architecture, Mlp
 from ckptgrow.folding import Recipe, Recipes
 from ckptgrow.numeric import Floats
 from ckptgrow.probe import ACTIVATIONS, activated, activation_name, answers, forward
@@ -181,7 +181,7 @@ def _blend(values: Tensor, groups: Units, factors: Floats) -> Tensor:
 
 
 def _activation(checkpoint: Checkpoint, architecture: Architecture) -> Any:
-    name = activation_name(scoped(checkpoint.config, architecture.family), architecture)
+    name = activation_name(checkpoint.config, architecture.mlps[0])
     if name not in ACTIVATIONS:
         raise RequestError(f"the activation {name!r} is not known here, so no error can be measured")
     return ACTIVATIONS[name]

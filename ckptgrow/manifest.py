@@ -113,7 +113,7 @@ class Manifest:
 
     def config_entry(self, architecture: Architecture) -> dict[str, Any]:
         """What config.json gets under `ckptgrow`; `grown_layers` where not all grew."""
-        base_width = {architecture.width_path: architecture.value_of(architecture.widths)}
+        base_width = {group.path: group.value_of(architecture.widths) for group in architecture.groups}
         entry: dict[str, Any] = {"manifest": self.digest, "base_width": base_width}
         return entry if self.layers is None else entry | {"grown_layers": [*self.layers]}
 
@@ -130,7 +130,7 @@ class Grown:
 def read_mask(plan: Plan, base: Checkpoint, architecture: Architecture, growth: Growth) -> Grown:
     """The freeze mask and its counts: a reading of the Plan with the policy."""
     members = {output.name: output for output in plan.outputs if output.member}
-    blocks = tuple(_block(members, mlp, base) for mlp in architecture.mlps if mlp.down in members)
+    blocks = tuple(_block(members, mlp, base) for mlp in architecture.mlps if members.keys() & mlp.tensors.keys())
     trainable = tuple(_trainable(members.values(), growth))
     count, total = sum(tensor.elements for tensor in trainable), sum(output.info.elements for output in plan.outputs)
     share = round(count / base.parameters, 6)
@@ -315,10 +315,11 @@ def _parsed(text: bytes, path: Path) -> dict[str, Any]:
 
 def _rules(architecture: Architecture, growth: Growth) -> Iterator[str]:
     """The rules by which shares are made: units with one copy more than the others may need another rule."""
-    for old in {mlp.width for mlp in architecture.mlps if growth.grows(mlp.layer)}:
-        for count, _ in kinds(old, growth.new_width(old)):
-            if count > 1:
-                yield rule_for(count, growth.rules, growth.shares)
+    for group in architecture.groups:
+        for old in group.starts(growth.layers):
+            for count, _ in kinds(old, growth.new_width(old)):
+                if count > 1:
+                    yield "even" if group.grain > 1 else rule_for(count, growth.rules, growth.shares)
 
 
 def _block(outputs: Mapping[str, Output], mlp: Mlp, base: Checkpoint) -> GrownBlock:

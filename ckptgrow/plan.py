@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, Literal
 
 from ckptgrow.errors import PlanError
@@ -88,18 +89,20 @@ class Part:
 class Member:
     """What an output is to its MLP: the block's name, its layer, and the projection each of its lanes belongs to.
 
-    A lane is a stretch of the axis that holds each unit once: ("gate",), ("down",), or the halves of a fused
-    gate_up, ("gate", "up"). All lanes of a tensor are equally long.
+    A lane is a stretch of the axis that holds each unit once: ("gate",), ("down",), the halves of a fused gate_up,
+    ("gate", "up"), or those of several experts, ("up", "up"). All lanes of a tensor are equally long. A unit takes
+    `places` of its lane: 2 in an interleaved tensor, whose one lane is "gate_up", a fraction in a table of scales.
     """
 
     block: str
     layer: int
     lanes: tuple[str, ...]
     bias: bool = False
+    places: Fraction = Fraction(1)
 
     @property
     def role(self) -> str:
-        return "_".join(self.lanes) + ("_bias" if self.bias else "")
+        return "_".join(dict.fromkeys(self.lanes)) + ("_bias" if self.bias else "")
 
 
 @dataclass(frozen=True, slots=True)

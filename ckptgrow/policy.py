@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ckptgrow.errors import RequestError
 from ckptgrow.layers import named
 from ckptgrow.plan import Output, Rule, Share, joined
 
@@ -55,6 +56,7 @@ def boxes(output: Output, policy: Policy) -> tuple[Box, ...]:
     """The parts of this output that train, each one half-open [start, stop) pair per dimension.
 
     Where there are no new units nothing trains, whatever the policy: the MLP did not grow, or was only filled up.
+    Raises RequestError where only one of two interleaved projections would train: that is no range.
     """
     if not output.grown():
         return ()
@@ -65,7 +67,14 @@ def boxes(output: Output, policy: Policy) -> tuple[Box, ...]:
 
 def _trained(output: Output, policy: Policy, lane: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """The [start, stop) ranges of one lane that train."""
-    extent = policy.trains.get(lane)
+    extents = {policy.trains.get(projection) for projection in lane.split("_")}
+    if len(extents) > 1:
+        raise RequestError(
+            f"--policy {policy.name} trains one of {lane.replace('_', ' and ')}, which alternate in it",
+            tensor=output.name,
+            hint="Choose a policy that trains both.",
+        )
+    extent = extents.pop()
     if extent == "all":
         yield start, stop
     elif extent == "new":

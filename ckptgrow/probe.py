@@ -6,16 +6,17 @@ follows the MLP in some families is left out: outputs after it cannot see a wron
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ckptgrow.checkpoint import Checkpoint
 from ckptgrow.equivalence import Answer, Finding, Progress
-from ckptgrow.families import Architecture, Mlp, scoped
+from ckptgrow.families import SCALES, Architecture, Mlp, Slot, value_at
 from ckptgrow.numeric import decode
 
 INPUTS = 8
@@ -24,6 +25,8 @@ BLOCK_ELEMENTS = 1 << 20
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
+    "gated-gelu": lambda x: functional.gelu(x, approximate="tanh"),  # T5's word for gelu_new and a gate
+    "gated-silu": functional.silu,
     "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -37,76 +40,130 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def probed(base: Checkpoint, grown: Checkpoint, architecture: Architecture, progress: Progress) -> Answer:
-    """The largest relative difference of an MLP's output on 8 random inputs of unit size, over all MLPs."""
-    name = activation_name(scoped(base.config, architecture.family), architecture)
-    if name not in ACTIVATIONS:
-        return Answer("probed", "not run", f"the activation {name!r} is not known here")
-    worst, findings = 0.0, []
-    for mlp in architecture.mlps:
-        inputs = _inputs(mlp)
-        expected, got = (forward(c, mlp, ACTIVATIONS[name], inputs, progress) for c in (base, grown))
-        if not bool(expected.isfinite().all()):
-            return Answer("probed", "not run", f"{mlp.block} of the base overflows float32 on random inputs")
-        difference = float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))
-        if not difference <= TOLERANCE:  # not a number is no agreement either
-            findings.append(Finding(mlp.block, f"its output differs by {difference:.2g} of its size"))
-        worst = max(worst, difference)
-    figure = (
-        f"{len(architecture.mlps)} MLPs in float32 on {INPUTS} random inputs, largest relative difference {worst:.1e}"
-    )
+    """The largest relative difference of an MLP's output on 8 random inputs of unit size, over all MLPs and experts."""
+    worst, count, findings = 0.0, 0, []
+    for mlp in (mlp for mlp in architecture.mlps if mlp.down):
+        name = activation_name(base.config, mlp)
+        if name not in ACTIVATIONS:
+            return Answer("probed", "not run", f"the activation {name!r} is not known here")
+        for expert in range(mlp.experts) if mlp.experts > 1 else (None,):
+            inputs, count = _inputs(mlp, mlp.hidden), count + 1
+            expected, got = (forward(c, mlp, ACTIVATIONS[name], inputs, progress, expert) for c in (base, grown))
+            if not bool(expected.isfinite().all()):
+                return Answer("probed", "not run", f"{mlp.block} of the base overflows float32 on random inputs")
+            difference = float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-30))
+            if not difference <= TOLERANCE:  # not a number is no agreement either
+                findings.append(Finding(mlp.block, f"its output differs by {difference:.2g} of its size"))
+            worst = max(worst, difference)
+    figure = f"{count} MLPs in float32 on {INPUTS} random inputs, largest relative difference {worst:.1e}"
     return Answer("probed", "no" if findings else "yes", figure, tuple(findings))
 
 
-def activation_name(config: Mapping[str, Any], architecture: Architecture) -> str:
+def activation_name(config: Mapping[str, Any], mlp: Mlp) -> str:
     """What the config calls the activation, or the family's default where it does not say."""
-    name = config.get(architecture.family.activation)
-    return name if isinstance(name, str) else architecture.family.default_activation
+    name = value_at(config, mlp.site.under(mlp.site.activation))
+    return name if isinstance(name, str) else mlp.site.default_activation
 
 
-def _inputs(mlp: Mlp) -> Tensor:
-    """[8, hidden], each of unit mean square, different for each layer."""
+def _inputs(mlp: Mlp, size: int) -> Tensor:
+    """[8, size], each of unit mean square, different for each layer."""
     generator = torch.Generator().manual_seed(mlp.layer)
-    return torch.randn(INPUTS, mlp.hidden, generator=generator)
+    return torch.randn(INPUTS, size, generator=generator)
 
 
 def forward(
-    checkpoint: Checkpoint, mlp: Mlp, activation: Callable[[Tensor], Tensor], inputs: Tensor, progress: Progress
+    checkpoint: Checkpoint,
+    mlp: Mlp,
+    activation: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    progress: Progress,
+    expert: int | None = None,
 ) -> Tensor:
-    """The MLP's output without the bias of down, which growth leaves alone. inputs and result: [n, hidden]."""
-    hidden = activated(activation, answers(checkpoint, mlp, inputs, progress))
-    return _applied(checkpoint, mlp.down, mlp.tensors[mlp.down].axis, hidden)
+    """The output of the MLP, or of one expert, without the bias of down, which growth leaves alone: [n, hidden]."""
+    hidden = activated(activation, answers(checkpoint, mlp, inputs, progress, expert))
+    down = next(name for name, slot in mlp.tensors.items() if slot.lanes[0] == "down" and slot.block == 1)
+    return _Weights(checkpoint, mlp, down, expert).applied(hidden)
 
 
-def answers(checkpoint: Checkpoint, mlp: Mlp, inputs: Tensor, progress: Progress) -> dict[str, Tensor]:
-    """What gate and up say to the inputs, biases included: [n, units] each."""
+def answers(
+    checkpoint: Checkpoint, mlp: Mlp, inputs: Tensor, progress: Progress, expert: int | None = None
+) -> dict[str, Tensor]:
+    """What gate and up say to the inputs [n, hidden], biases included: [n, units] each; the weight of a norm, [units].
+
+    The second factor of an adapter gets inputs of its own.
+    """
     lanes: dict[str, Tensor] = {}
     for name, slot in mlp.tensors.items():
-        if name != mlp.down:
-            made = _vector(checkpoint, name) if slot.bias else _applied(checkpoint, name, 1 - slot.axis, inputs)
-            for lane, piece in zip(slot.lanes, made.chunk(len(slot.lanes), -1), strict=True):
+        if slot.lanes[0] != "down" and slot.block == 1:
+            weights = _Weights(checkpoint, mlp, name, expert)
+            given = _inputs(mlp, weights.other) if slot.extra else inputs
+            for lane, piece in _lanes(slot, weights.vector() if slot.vector else weights.applied(given)):
                 lanes[lane] = lanes[lane] + piece if lane in lanes else piece
-        progress(checkpoint.infos[name].nbytes)
+        progress(checkpoint.infos[name].nbytes // mlp.experts)
     return lanes
 
 
 def activated(activation: Callable[[Tensor], Tensor], lanes: Mapping[str, Tensor]) -> Tensor:
     """[n, units]: what goes into down."""
-    return activation(lanes["gate"]) * lanes["up"] if "gate" in lanes else activation(lanes["up"])
+    hidden = activation(lanes["gate"]) * lanes["up"] if "gate" in lanes else activation(lanes["up"])
+    if "norm" in lanes:
+        hidden = functional.rms_norm(hidden, hidden.shape[-1:], eps=1e-6) * lanes["norm"]
+    return hidden
 
 
-def _vector(checkpoint: Checkpoint, name: str) -> Tensor:
-    return torch.from_numpy(decode(checkpoint.bits(name), checkpoint.infos[name].dtype)).float()
+def _lanes(slot: Slot, made: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Each projection's part of what a tensor made."""
+    if slot.span > 1:
+        yield from ((lane, made[..., i :: slot.span]) for i, lane in enumerate(slot.lanes[0].split("_")))
+    elif slot.flat:
+        yield slot.lanes[0], made
+    else:
+        yield from zip(slot.lanes, made.chunk(len(slot.lanes), -1), strict=True)
 
 
-def _applied(checkpoint: Checkpoint, name: str, axis: int, inputs: Tensor) -> Tensor:
-    """inputs [n, a] contracted with that axis of a matrix, read some rows at a time."""
-    bits, dtype = checkpoint.bits(name), checkpoint.infos[name].dtype
-    step = max(1, BLOCK_ELEMENTS // max(1, bits.shape[1]))
-    result = torch.zeros(inputs.shape[0], bits.shape[1 - axis])
-    for row in range(0, bits.shape[0], step):
-        matrix = torch.from_numpy(decode(bits[row : row + step], dtype)).float()
-        if axis == 1:
-            result[:, row : row + step] = inputs @ matrix.T
-        else:
-            result += inputs[:, row : row + step] @ matrix
-    return result
+class _Weights:
+    """One matrix or vector of an MLP or of one of its experts, decoded some rows at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, mlp: Mlp, name: str, expert: int | None) -> None:
+        slot, info = mlp.tensors[name], checkpoint.infos[name]
+        self.dtype, self.bits, self.axis = info.dtype, checkpoint.bits(name), slot.axis - int(slot.stacked)
+        if slot.flat:
+            self.bits = self.bits.reshape(mlp.experts, -1, self.bits.shape[1])
+        if slot.stacked or slot.flat:
+            self.bits = self.bits[expert or 0]
+        self.scales: Tensor | None = None
+        if slot.coded:
+            scales = checkpoint.bits(name + SCALES)
+            picked = scales[expert or 0] if slot.stacked else scales
+            self.scales = torch.from_numpy(decode(picked, checkpoint.infos[name + SCALES].dtype)).float()
+            self.block = mlp.tensors[name + SCALES].block
+        self.down = slot.lanes[0] == "down"
+
+    @property
+    def other(self) -> int:
+        """The size of the axis that is not that of units."""
+        return int(self.bits.shape[1 - self.axis])
+
+    def vector(self) -> Tensor:
+        return torch.from_numpy(decode(np.ascontiguousarray(self.bits), self.dtype)).float()
+
+    def applied(self, inputs: Tensor) -> Tensor:
+        """inputs [n, a] contracted with the axis of inputs: that of units for down, the other one else."""
+        axis = self.axis if self.down else 1 - self.axis
+        rows, columns = self.bits.shape
+        step = max(1, BLOCK_ELEMENTS // max(1, columns))
+        result = torch.zeros(inputs.shape[0], self.bits.shape[1 - axis])
+        for row in range(0, rows, step):
+            matrix = self._matrix(row, min(row + step, rows))
+            if axis == 1:
+                result[:, row : row + step] = inputs @ matrix.T
+            else:
+                result += inputs[:, row : row + step] @ matrix
+        return result
+
+    def _matrix(self, first: int, last: int) -> Tensor:
+        matrix = torch.from_numpy(decode(np.ascontiguousarray(self.bits[first:last]), self.dtype)).float()
+        if self.scales is None:
+            return matrix
+        down, across = torch.arange(first, last) // self.block, torch.arange(self.bits.shape[1]) // self.block
+        return matrix * self.scales[down][:, across]

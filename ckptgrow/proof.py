@@ -13,6 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 
 from ckptgrow.errors import PlanError
@@ -40,40 +41,60 @@ def prove(plan: Plan, base: Mapping[str, TensorInfo], architecture: Architecture
     for name, output in outputs.items():
         if name not in inside and (name not in base or output.member or not output.is_copy_of(base[name])):
             raise PlanError("it is in no MLP, and yet it would change", tensor=name)
-    widths = {mlp.block: _prove_mlp(outputs, mlp, base) for mlp in architecture.mlps}
+    widths = {mlp.block: _prove_mlp(outputs, mlp, base, architecture) for mlp in architecture.mlps}
     _prove_config(plan, architecture, widths)
-    return sum(mlp.width for mlp in architecture.mlps)
+    return sum(mlp.width * mlp.experts for mlp in architecture.mlps)
 
 
 def _prove_config(plan: Plan, architecture: Architecture, widths: Mapping[str, int]) -> None:
-    """config.json must say the width that each MLP has, and nothing else may change in it."""
+    """config.json must say the widths that the MLPs have: read by the rule of their key, as a loader does."""
     edits = {edit.path: edit.value for edit in plan.config}
-    says = edits.pop(architecture.width_path, architecture.value_of(architecture.widths))
-    for mlp in architecture.mlps:
-        if edits or widths[mlp.block] != architecture.told(says, mlp):
-            raise PlanError(
-                f"config.json would say {says} and change {sorted(edits)}, the MLPs have width"
-                f" {sorted(set(widths.values()))}"
-            )
+    known = set()
+    for group in architecture.groups:
+        known |= {group.path, *(group.site.under(key) for key, _ in group.site.also)}
+        for mlp in group.mlps:
+            says = group.told(edits, mlp) if group.path in edits else mlp.width
+            beside = {group.site.under(key): value for key, value in group.site.also if group.path in edits}
+            if widths[mlp.block] != says or any(edits.get(key) != value for key, value in beside.items()):
+                raise PlanError(
+                    f"config.json would say {says}, the MLP has width {widths[mlp.block]}", tensor=mlp.block
+                )
+    if edits.keys() - known:
+        raise PlanError(f"config.json would change {sorted(edits.keys() - known)}")
 
 
-def _prove_mlp(outputs: Mapping[str, Output], mlp: Mlp, base: Mapping[str, TensorInfo]) -> int:
+def _prove_mlp(
+    outputs: Mapping[str, Output], mlp: Mlp, base: Mapping[str, TensorInfo], architecture: Architecture
+) -> int:
     """M·S = I for one MLP; returns its new width."""
     if all(outputs[name].is_copy_of(base[name]) for name in mlp.tensors):
         return mlp.width
     for name in mlp.tensors:
         if outputs[name].member != mlp.member(name) or outputs[name].dtype != base[name].dtype:
             raise PlanError("it does not stay what it is in its MLP", tensor=name)
-    down = outputs[mlp.down]
     agreed = {picks(outputs[name], base): name for name in mlp.tensors if name != mlp.down}
     if len(agreed) != 1:
         raise PlanError(f"these copy different units: {', '.join(agreed.values())}")
     (runs,) = agreed
+    if architecture.family.statistics or mlp.site.template.normed:
+        _prove_equally_often(runs, mlp)
+    if not mlp.down:
+        return runs[-1].stop
+    down = outputs[mlp.down]
     try:
-        _prove_shares(down, runs, mlp.width)
+        for lane in range(down.lane_count):
+            _prove_shares(down, lane, runs, mlp)
     except PlanError as error:
         raise error.at(tensor=down.name) from None
-    return down.extent
+    return runs[-1].stop
+
+
+def _prove_equally_often(runs: tuple[Run, ...], mlp: Mlp) -> None:
+    """Statistics over the width stay what they are only if every unit comes equally often."""
+    cuts = sorted({0, mlp.width, *(e for run in runs for e in (run.unit, run.unit + run.stop - run.start))})
+    times = {sum(run.unit <= low < run.unit + run.stop - run.start for run in runs) for low in cuts[:-1]}
+    if len(times) != 1:
+        raise PlanError("it takes statistics over its units, and some come more often than others", tensor=mlp.block)
 
 
 def prove_marks(plan: Plan, architecture: Architecture, layers: Collection[int] | None = None) -> None:
@@ -86,26 +107,38 @@ def prove_marks(plan: Plan, architecture: Architecture, layers: Collection[int] 
     for output in plan.outputs:
         mlp = mlps.get(output.name)
         grows = mlp is None or layers is None or mlp.layer in layers
-        new = tuple((start + mlp.width, stop) for _, start, stop in output.lanes()) if mlp and grows else ()
-        if output.grown() != new:
-            raise PlanError(f"marked as grown is {output.grown()}, new is {new}", tensor=output.name)
-        if mlp and grows and not new:
+        old = int(mlp.width * mlp.tensors[output.name].places) if mlp else 0
+        behind = tuple((start + old, stop) for _, start, stop in output.lanes()) if mlp else ()
+        if output.grown() != (behind if grows else ()):
+            raise PlanError(f"marked as grown is {output.grown()}, new is {behind}", tensor=output.name)
+        if mlp and grows and not behind:
             raise PlanError("its layer was to grow and does not", tensor=output.name)
         if mlp and not grows and output.name == mlp.down:
-            _prove_filling(output, mlp.width)
+            _prove_filling(output, behind)
 
 
-def _prove_filling(down: Output, width: int) -> None:
-    if any(part.terms and part.size and start + part.size > width for start, part in down.placed()):
+def _prove_filling(down: Output, behind: tuple[tuple[int, int], ...]) -> None:
+    filled = ((start, start + part.size) for start, part in down.placed() if part.terms and part.size)
+    if any(first < stop and last > start for first, last in filled for start, stop in behind):
         raise PlanError("the filling of a layer that does not grow has columns that are not zero", tensor=down.name)
 
 
 def picks(output: Output, base: Mapping[str, TensorInfo]) -> tuple[Run, ...]:
     """Which base unit each new unit of a gate, up or bias is; all its lanes must say the same."""
-    lanes = {tuple(_lane(output, i, base[output.name])) for i in range(output.lane_count)}
+    places = output.member.places if output.member else Fraction(1)
+    lanes = {tuple(_counted(_lane(output, i, base[output.name]), places)) for i in range(output.lane_count)}
     if len(lanes) != 1:
         raise PlanError("its lanes copy different units", tensor=output.name)
     return lanes.pop()
+
+
+def _counted(runs: Iterable[Run], places: Fraction) -> Iterator[Run]:
+    """Runs of places as runs of units; a unit must not be torn apart."""
+    for run in runs:
+        edges = [Fraction(edge) / places for edge in (run.start, run.stop, run.unit)]
+        if any(edge.denominator != 1 for edge in edges):
+            raise PlanError("a unit's places are torn apart")
+        yield Run(*(edge.numerator for edge in edges))
 
 
 def _lane(output: Output, lane: int, base: TensorInfo) -> Iterator[Run]:
@@ -139,22 +172,31 @@ def _stretches(term: Term) -> Iterator[tuple[int, int, int]]:
         yield from ((i, i + 1, unit) for i, unit in enumerate(term.units))
 
 
-def _prove_shares(down: Output, runs: tuple[Run, ...], units: int) -> None:
-    """All shares of each unit's column, each beside its own unit's rows, and nothing else."""
-    if down.extent != runs[-1].stop:
-        raise PlanError(f"{down.extent} columns for {runs[-1].stop} units")
+def _prove_shares(down: Output, lane: int, runs: tuple[Run, ...], mlp: Mlp) -> None:
+    """One lane of down: all shares of each unit's column, each beside its own unit's rows, and nothing else."""
+    places = mlp.tensors[down.name].places
+    old, new = int(mlp.width * places), down.extent // down.lane_count
+    if new != runs[-1].stop * places:
+        raise PlanError(f"{new} columns for {runs[-1].stop} units")
+    rows = tuple(Run(*(int(edge * places) for edge in (run.start, run.stop, run.unit))) for run in runs)
     met: dict[tuple[int, int], list[Term]] = defaultdict(list)
     for start, part in down.placed():
         if len(part.terms) > 1:
             raise PlanError("a sum of shares may be rounded when it is written")
         if part.fill:
             raise PlanError(f"columns that hold {part.fill} throughout are no shares")
-        for term in part.terms:
+        if start < lane * new < start + part.size:
+            raise PlanError("a part reaches over two lanes")
+        for term in part.terms if lane * new <= start < (lane + 1) * new else ():
             if term.name != down.name:
                 raise PlanError(f"a share of another tensor, {term.name}")
-            for stretch in _stretches(term):
-                for span in _aligned(stretch, start, runs):
+            for begin, end, unit in _stretches(term):
+                for span in _aligned((begin, end, unit - lane * old), start - lane * new, rows):
                     met[span].append(term)
+    _prove_sums(met, old)
+
+
+def _prove_sums(met: Mapping[tuple[int, int], list[Term]], units: int) -> None:
     cuts = sorted({0, units, *(edge for span in met for edge in span)})
     terms: list[list[Term]] = [[] for _ in cuts]
     for (first, last), those in met.items():

@@ -134,7 +134,11 @@ def ranking(job: Comparison, top: int | None, progress: Progress) -> Ranking:
 
 def _matrices(job: Comparison, mlp: Mlp) -> Iterator[str]:
     """The projections of an MLP: its tensors without biases and norms."""
-    yield from (name for name in mlp.tensors if len(job.base.infos[name].shape) > 1)
+    for name, slot in mlp.tensors.items():
+        if slot.coded:
+            raise RequestError("its bytes are no weights without their scales", tensor=name)
+        if not slot.vector:
+            yield name
 
 
 def _check_same(job: Comparison, matching: Matching, tuned: Trained) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal, get_args
 
 from ckptgrow.errors import RequestError
-from ckptgrow.families import Architecture, Mlp
+from ckptgrow.families import Architecture, Group, Mlp
 from ckptgrow.layers import spelled
 from ckptgrow.plan import Edit, Output, Part, Plan, Share, Term, unchanged
 from ckptgrow.policy import POLICIES, SHARE_CHOICES, Policy, ShareChoice, kinds, shares
 from ckptgrow.tensors import TensorInfo
 
 BASE = "base"
+Deal = Callable[[int, "Growth"], tuple[Share | None, ...]]
 Uneven = Literal["uniform", "native"]
 UNEVEN_CHOICES: tuple[Uneven, ...] = get_args(Uneven)
 MOST_COPIES = 1024  # a Plan names each copy; nobody grows a model a thousandfold
@@ -22,7 +22,8 @@ MOST_COPIES = 1024  # a Plan names each copy; nobody grows a model a thousandfol
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """How to grow: by a factor or to a width, which parts will train, how the shares are made, and which layers."""
+    """How to grow: by a factor or to a width, which parts will train, how the shares are made, and which layers,
+    tower and experts."""
 
     factor: int | None = None
     width: int | None = None
@@ -32,6 +33,8 @@ class Growth:
     seed: int = 0
     layers: tuple[int, ...] | None = None  # None: every layer grows
     uneven: Uneven = "uniform"  # the other layers are filled up to one width, or keep theirs
+    tower: str | None = None
+    experts: str = "all"
 
     def __post_init__(self) -> None:
         for name in ("factor", "width", "multiple_of", "seed"):
@@ -79,37 +82,63 @@ def expand(infos: Mapping[str, TensorInfo], architecture: Architecture, growth: 
     Gate, up and their biases are copied as bytes; each column of down is shared out among the copies of its unit
     (METHOD.md 1, 2). MLPs that do not grow are filled up to the same width: their copies have zero columns and are not
     marked as grown, so that nothing of them trains (METHOD.md 7); with `uneven` native they stay as they are, as do all
-    other tensors.
+    other tensors. MLPs whose width one config key says grow by one factor. Raises RequestError or FamilyError where a
+    width cannot be had.
     """
     check_layers(architecture, growth)
     widths = new_widths(architecture, growth)
     mlps = [mlp for mlp in architecture.mlps if widths[mlp.block] != mlp.width]
     grown = {name: _grow(infos[name], mlp, widths[mlp.block], growth) for mlp in mlps for name in mlp.tensors}
     outputs = tuple(grown.get(name) or unchanged(info, BASE) for name, info in infos.items())
-    return Plan(outputs, (Edit(architecture.width_path, architecture.value_of(widths)),))
+    edits = [edit for group in architecture.groups for edit in group.edits(widths).items()]
+    return Plan(outputs, tuple(Edit(path, value) for path, value in edits))
 
 
 def new_widths(architecture: Architecture, growth: Growth) -> dict[str, int]:
     """The width of each MLP after the growth, by block. Raises RequestError where it cannot be had."""
-    family, native = architecture.family, growth.uneven == "native"
-    if native and not family.listed:
+    widths: dict[str, int] = {}
+    for group in architecture.groups:
+        _check_one_width(group, architecture, growth)
+        for mlp in group.mlps:
+            start = mlp.width if group.site.listed else group.width
+            stays = growth.uneven == "native" and not growth.grows(mlp.layer)
+            widths[mlp.block] = mlp.width if stays else group.widened(mlp, start, growth.new_width(start))
+            _check_copies(mlp, widths[mlp.block], growth, architecture)
+    return widths
+
+
+def _check_one_width(group: Group, architecture: Architecture, growth: Growth) -> None:
+    """What must be one width is one: with --width, and where layers are filled up."""
+    several = len({other.width for other in architecture.groups}) > 1 or (group.site.listed and not group.uniform)
+    if growth.uneven == "native" and not group.site.listed:
         raise RequestError(
-            f"--uneven native: the config of {family.model_type!r} has one width, and loaders refuse a list",
+            f"--uneven native: the config of {architecture.family.model_type!r} has one width, loaders refuse a list",
             hint="Leave it out: the other layers are filled up to the same width.",
         )
-    if growth.layers is not None and not native and len({mlp.width for mlp in architecture.mlps}) > 1:
+    if growth.layers is not None and growth.uneven != "native" and group.site.listed and not group.uniform:
         raise RequestError("its layers have several widths, so none can be filled up", hint="Give --uneven native.")
-    widths = {
-        mlp.block: mlp.width if native and not growth.grows(mlp.layer) else growth.new_width(mlp.width)
-        for mlp in architecture.mlps
-    }
-    for mlp in architecture.mlps:
-        if family.statistics and widths[mlp.block] % mlp.width:
-            raise RequestError(
-                f"{widths[mlp.block]:,} is no multiple of its {mlp.width:,} units, and it takes statistics over them",
-                hint="Every unit must come equally often: give --factor.",
-            ).at(tensor=mlp.block)
-    return widths
+    if growth.width is not None and several:
+        told = ", ".join(f"{other.path} {other.says or other.width}" for other in architecture.groups)
+        raise RequestError(
+            f"--width {growth.width}: the MLPs have several widths ({told})", hint="Say how much wider: --factor K."
+        )
+
+
+def _check_copies(mlp: Mlp, new: int, growth: Growth, architecture: Architecture) -> None:
+    """Raise RequestError where the number of copies that a unit gets is one that this MLP cannot have."""
+    copies, rest = divmod(new, mlp.width)
+    if rest and (architecture.family.statistics or mlp.site.template.normed):
+        raise RequestError(
+            f"{new:,} is no multiple of its {mlp.width:,} units, and it takes statistics over them",
+            hint="Every unit must come equally often: give --factor.",
+        ).at(tensor=mlp.block)
+    if mlp.grain > 1 and (rest or copies & (copies - 1)):
+        raise RequestError(
+            f"scaled blocks halve exactly, so the width can grow 2, 4, 8, ... times, not from {mlp.width:,} to {new:,}",
+            hint="Give such a --factor, or grow the unquantised checkpoint.",
+        ).at(tensor=mlp.down)
+    if mlp.grain > 1 and growth.shares == "random":
+        raise RequestError("--shares random: scaled blocks can only be shared out evenly").at(tensor=mlp.down)
 
 
 def check_layers(architecture: Architecture, growth: Growth) -> None:
@@ -133,39 +162,48 @@ def rounds(old: int, new: int) -> Iterator[range]:
         yield range(min(old, new - start))
 
 
-def _grow(info: TensorInfo, mlp: Mlp, new: int, growth: Growth) -> Output:
-    """One tensor of an MLP, widened."""
-    slot, grows = mlp.tensors[info.name], growth.grows(mlp.layer)
-    shape = tuple(new * len(slot.lanes) if axis == slot.axis else size for axis, size in enumerate(info.shape))
-    if slot.lanes == ("down",):
-        dealt = _shared(info.name, mlp.width, new, growth) if grows else _filled(info.name, mlp.width, new)
-        parts = tuple(dealt)
+def _grow(info: TensorInfo, mlp: Mlp, width: int, growth: Growth) -> Output:
+    """One tensor of an MLP, widened: each lane on its own."""
+    slot = mlp.tensors[info.name]
+    lanes, grows = range(len(slot.lanes)), growth.grows(mlp.layer)
+    old, new = (int(units * slot.places) for units in (mlp.width, width))
+    shape = tuple(new * len(lanes) if axis == slot.axis else size for axis, size in enumerate(info.shape))
+    if slot.shared and grows:
+        deal = _halves if slot.block > 1 else _shares
+        parts = tuple(part for lane in lanes for part in _shared(info.name, lane * old, old, new, deal, growth))
+    elif slot.shared:
+        parts = tuple(part for lane in lanes for part in _filled(info.name, lane * old, old, new))
     else:
-        copied = (_copied(info.name, lane, mlp.width, new, grows) for lane in range(len(slot.lanes)))
-        parts = tuple(chain.from_iterable(copied))
+        parts = tuple(part for lane in lanes for part in _copied(info.name, lane * old, old, new, grows))
     return Output(info.name, info.dtype, shape, slot.axis, parts, mlp.member(info.name))
 
 
-def _copied(name: str, lane: int, old: int, new: int, grows: bool) -> Iterator[Part]:
-    """One lane of gate or up: all units, then the copied ones round by round."""
+def _copied(name: str, first: int, old: int, new: int, grows: bool) -> Iterator[Part]:
+    """One lane of gate or up, which begins at `first`: all units, then the copied ones round by round."""
     for grown, units in [(False, range(old)), *((grows, units) for units in rounds(old, new))]:
-        yield Part(len(units), (Term(BASE, name, range(lane * old + units.start, lane * old + units.stop)),), grown)
+        yield Part(len(units), (Term(BASE, name, range(first + units.start, first + units.stop)),), grown)
 
 
-def _shared(name: str, old: int, new: int, growth: Growth) -> Iterator[Part]:
-    """Down: each copy of a unit gets its share."""
-    spans = [(units, _shares(count, growth)) for count, units in kinds(old, new)]
+def _shared(name: str, first: int, old: int, new: int, deal: Deal, growth: Growth) -> Iterator[Part]:
+    """One lane of down: each copy of a unit gets its share."""
+    spans = [(units, deal(count, growth)) for count, units in kinds(old, new)]
     for turn in range(max(len(dealt) for _, dealt in spans)):
         for units, dealt in spans:
             if turn < len(dealt):
-                yield Part(len(units), (Term(BASE, name, units, share=dealt[turn]),), grown=turn > 0)
+                picked = range(first + units.start, first + units.stop)
+                yield Part(len(units), (Term(BASE, name, picked, share=dealt[turn]),), grown=turn > 0)
 
 
-def _filled(name: str, old: int, new: int) -> Iterator[Part]:
-    """Down of an MLP that does not grow: its own columns, and zeros for the copies."""
-    yield Part(old, (Term(BASE, name, range(old)),))
+def _filled(name: str, first: int, old: int, new: int) -> Iterator[Part]:
+    """One lane of down of an MLP that does not grow: its own columns, and zeros for the copies."""
+    yield Part(old, (Term(BASE, name, range(first, first + old)),))
     yield Part(new - old)
 
 
 def _shares(copies: int, growth: Growth) -> tuple[Share | None, ...]:
     return tuple(shares(copies, growth.rules, growth.shares, growth.seed))
+
+
+def _halves(copies: int, growth: Growth) -> tuple[Share | None, ...]:
+    """Shares of a scale: equal, for a number of copies that is a power of two."""
+    return tuple(Share(i, copies) for i in range(copies)) if copies > 1 else (None,)

@@ -1,7 +1,7 @@
 """Which units of two checkpoints, or of one, are equal: rows are found by digest and then compared bit for bit.
 
 Everything streams over mapped files in small blocks. A tensor of an MLP is seen as [outer, units, inner], whatever its
-axis; a lane is one projection of a fused one.
+axis; a lane is one projection of a fused one. Where scales stand for blocks of units, a block is taken as one unit.
 """
 
 from __future__ import annotations
@@ -42,22 +42,45 @@ class Rows:
         return float(np.abs(its - mine).max())
 
 
-def lanes(base: Tensors, grown: Tensors, name: str, slot: Slot) -> Iterator[Rows]:
-    for (_, mine), (_, its) in zip(lanes_of(base, name, slot), lanes_of(grown, name, slot), strict=True):
+def lanes(
+    base: Tensors, grown: Tensors, name: str, slot: Slot, grain: int = 1, expert: int | None = None
+) -> Iterator[Rows]:
+    """The lanes of one tensor in both checkpoints; of one expert, where several share it."""
+    both = (lanes_of(checkpoint, name, slot, grain, expert) for checkpoint in (base, grown))
+    for (_, mine), (_, its) in zip(*both, strict=True):
         yield Rows(name, mine, its)
 
 
-def lanes_of(checkpoint: Tensors, name: str, slot: Slot) -> Iterator[tuple[str, Bits]]:
+def lanes_of(
+    checkpoint: Tensors, name: str, slot: Slot, grain: int = 1, expert: int | None = None
+) -> Iterator[tuple[str, Bits]]:
     """Each lane of a tensor, by its projection, as [outer, units, inner]."""
-    bits = as_units(checkpoint, name, slot)
-    width = bits.shape[1] // len(slot.lanes)
-    for i, lane in enumerate(slot.lanes):
-        yield lane, bits[:, i * width : (i + 1) * width]
+    bits = as_units(checkpoint, name, slot, grain, expert)
+    own = slot.lanes[:1] if slot.flat and expert is not None else slot.lanes
+    for i, lane in enumerate(own):
+        yield lane, _lane(bits, i, len(own))
 
 
-def as_units(checkpoint: Tensors, name: str, slot: Slot) -> Bits:
-    """A tensor as [outer, units, inner]."""
-    return checkpoint.bits(name).reshape(checkpoint.infos[name].around(slot.axis))
+def _lane(bits: Bits, i: int, count: int) -> Bits:
+    width = bits.shape[1] // count
+    return bits[:, i * width : (i + 1) * width]
+
+
+def as_units(checkpoint: Tensors, name: str, slot: Slot, grain: int = 1, expert: int | None = None) -> Bits:
+    """A tensor as [outer, units, inner]: units of all lanes, `grain` of them taken as one.
+
+    Without `expert`, stacked experts are in outer, and flat ones are lanes. Interleaved places lie in inner.
+    """
+    info = checkpoint.infos[name]
+    outer, extent, inner = info.around(slot.axis)
+    places = int(slot.places * grain)
+    bits = checkpoint.bits(name).reshape(outer, extent // places, places * inner)
+    if expert is None:
+        return bits
+    if slot.flat:
+        return _lane(bits, expert, len(slot.lanes))
+    each = outer // info.shape[0]
+    return bits[expert * each : (expert + 1) * each] if slot.stacked else bits
 
 
 def side_by_side(one: Bits, other: Bits) -> Iterator[tuple[Bits, Bits]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckptgrow.families import FAMILIES, Family
+from ckptgrow.families import FAMILIES, Family, Site, Slot
 from ckptgrow.layout import INDEX, SINGLE
 
 DTYPES = {
@@ -65,18 +65,40 @@ def make(
     return folder
 
 
+EXPERTS = 2
+
+
+def sites_of(family: Family) -> list[Site]:
+    """The sites of the first tower, without those that are another spelling of an earlier one."""
+    found: dict[tuple[Any, ...], Site] = {}
+    for site in family.sites:
+        side = site.stem.partition(".")[0] if "*." in site.stem else "{layer}" in site.stem
+        if site.tower == family.towers[0]:
+            found.setdefault((site.part, site.path, site.depth, side), site)
+    return list(found.values())
+
+
 def config_of(family: Family, layers: int, hidden: int, width: int) -> dict[str, Any]:
     """The family's own keys, nested where it nests them, between keys that must stay where they are."""
-    inner = {
-        "attention_bias": False,
-        family.hidden: hidden,
-        family.activation: "gelu_pytorch_tanh",
-        family.width: width,
-        family.depth: layers,
-        "rms_norm_eps": 1e-06,
-    }
-    outer: dict[str, Any] = {"architectures": ["AnyForCausalLM"], "model_type": family.model_type}
-    return outer | ({family.scope: inner} if family.scope else inner) | {"vocab_size": 16}
+    config: dict[str, Any] = {"architectures": ["AnyForCausalLM"], "model_type": family.model_type}
+    for site in sites_of(family):
+        keys = {
+            "attention_bias": False,
+            site.hidden: hidden,
+            site.activation: "gelu_pytorch_tanh",
+            site.width: {"twice": 2 * width, "per hidden": width / hidden}.get(site.rule, width),
+            site.depth: layers,
+            site.experts: EXPERTS,
+            "rms_norm_eps": 1e-06,
+        }
+        for key, value in keys.items():
+            inner = config
+            *outer, last = site.under(key).split(".")
+            for name in outer:
+                inner = inner.setdefault(name, {})
+            if key:
+                inner[last] = value
+    return config | {"vocab_size": 16}
 
 
 def tensors_of(
@@ -88,22 +110,37 @@ def tensors_of(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(DTYPES[dtype])
 
+    bias = bias or family.model_type in ("phi", "gpt_neo")
     tensors = {prefix + family.embedding: random(16, hidden), prefix + "norm.weight": random(hidden)}
     for layer in range(layers):
-        block = prefix + family.stem.format(layer=layer)
-        tensors[block.rpartition(".")[0] + ".self_attn.q_proj.weight"] = random(hidden, hidden)
-        tensors[block.rpartition(".")[0] + ".input_layernorm.weight"] = random(hidden)
-        for slot in family.template.slots:
-            if slot.bias and not (bias or family.model_type in ("phi", "gpt_neo")):
-                continue
-            units = width * len(slot.lanes)
-            shape = (units,) if slot.bias else (units, hidden) if slot.axis == 0 else (hidden, units)
-            tensors[f"{block}.{slot.name}"] = random(*shape)
-        if bias or family.model_type in ("phi", "gpt_neo"):
-            tensors[f"{block}.{family.template.still[0]}"] = random(hidden)
+        tensors[f"{prefix}layers.{layer}.self_attn.q_proj.weight"] = random(hidden, hidden)
+        tensors[f"{prefix}layers.{layer}.input_layernorm.weight"] = random(hidden)
+        for site in sites_of(family):
+            for block in blocks_of(site, prefix, layer):
+                for slot in site.template.slots:
+                    if not slot.bias or (bias and slot.lanes != ("norm",)):
+                        tensors[f"{block}.{slot.name.format(0)}"] = random(*shape_of(slot, hidden, width))
+                for name in site.template.still if bias else ():
+                    tensors[f"{block}.{name}"] = random(hidden)
     if not tied:
         tensors["lm_head.weight"] = random(16, hidden)
     return tensors
+
+
+def blocks_of(site: Site, prefix: str, layer: int) -> list[str]:
+    """The blocks of a site in a layer: one, or one for each expert."""
+    if "{layer}" not in site.stem and layer:
+        return []
+    stem = prefix + site.stem.replace("*.", "").replace("{layer}", str(layer)).replace("{}", "0")
+    return [stem.replace("{expert}", str(i)) for i in range(EXPERTS if "{expert}" in stem else 1)]
+
+
+def shape_of(slot: Slot, hidden: int, width: int) -> tuple[int, ...]:
+    """What its declaration says of a tensor's shape; an adapter has rank 2."""
+    units = width * len(slot.lanes) * slot.span * (EXPERTS if slot.flat else 1)
+    shape = [2 if slot.extra else hidden] * (1 if slot.vector else 2)
+    shape[slot.axis - int(slot.stacked)] = units
+    return (EXPERTS, *shape) if slot.stacked else tuple(shape)
 
 
 def write_shards(folder: Path, tensors: Tensors, shards: int) -> None:

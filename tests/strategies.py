@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ckptgrow.families import FAMILIES, Architecture, Family, locate
+from ckptgrow.families import FAMILIES, Architecture, Family, Mlp, locate
 from ckptgrow.plan import Output, Plan, Share, Term
 from ckptgrow.policy import POLICIES
 from ckptgrow.surgery import Growth
@@ -98,8 +98,20 @@ def tiny(model_type: str = "llama", width: int = 4, hidden: int = 3, layers: int
     return Tiny(infos, locate(config_of(model_type, width=width, hidden=hidden, layers=layers), infos))
 
 
-# Those that any growth fits: no statistics over the width.
-FREE = sorted(name for name, family in FAMILIES.items() if not family.statistics)
+# Those that any growth fits: no statistics over the width, no key that says a ratio.
+FREE = sorted(
+    name
+    for name, family in FAMILIES.items()
+    if not family.statistics
+    and not any(site.template.normed or site.rule == "per hidden" for site in checkpoints.sites_of(family))
+)
+# One family for each company of templates.
+LAYOUTS = sorted(
+    {
+        tuple(site.template for site in checkpoints.sites_of(FAMILIES[name])): name
+        for name in sorted(FAMILIES, reverse=True)
+    }.values()
+)
 tinies = st.builds(
     tiny,
     st.sampled_from(FREE),
@@ -172,15 +184,30 @@ def same_function(plan: Plan, tiny: Tiny) -> bool:
 
 
 def answer(weights: Weights, tiny: Tiny, index: int) -> NDArray[np.float64]:
-    """One MLP on a fixed input: down(act(gate x) * up x), the biases of gate and up included."""
+    """One MLP, or each of its experts, on a fixed input: down(act(gate x) * up x), with the biases of gate and up."""
     mlp = tiny.architecture.mlps[index]
-    x = np.linspace(-1.0, 2.0, mlp.hidden)
+    return np.stack([_answer(weights, mlp, expert) for expert in range(mlp.experts)])
+
+
+def _answer(weights: Weights, mlp: Mlp, expert: int) -> NDArray[np.float64]:
     lanes: dict[str, Any] = {}
     for name, slot in mlp.tensors.items():
-        if slot.lanes == ("down",):
+        value = weights[name]
+        if slot.flat:
+            value = value.reshape(mlp.experts, -1, value.shape[-1])
+        if slot.flat or slot.stacked:
+            value = value[expert]
+        units = slot.axis - int(slot.stacked)
+        rows = value if slot.vector else np.moveaxis(value, units, 0)
+        if slot.lanes[0] == "down":
+            down = rows
             continue
-        value = weights[name] if slot.bias else weights[name] @ x
-        for lane, half in zip(slot.lanes, np.split(value, len(slot.lanes)), strict=True):
+        made = rows if slot.vector else rows @ np.linspace(-1.0, 2.0, rows.shape[1])
+        names = slot.lanes[0].split("_") if slot.span > 1 else slot.lanes[:1] if slot.flat else slot.lanes
+        halves = [made[i :: slot.span] for i in range(slot.span)] if slot.span > 1 else np.split(made, len(names))
+        for lane, half in zip(names, halves, strict=True):
             lanes[lane] = lanes.get(lane, 0.0) + half
     inner = np.tanh(lanes["gate"]) * lanes["up"] if "gate" in lanes else np.tanh(lanes["up"])
-    return np.asarray(weights[mlp.down] @ inner)
+    if "norm" in lanes:
+        inner = inner / np.sqrt(np.mean(inner**2) + 1e-6) * lanes["norm"]
+    return np.asarray(inner @ down)

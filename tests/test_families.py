@@ -9,11 +9,24 @@ from typing import Any
 
 import checkpoints
 import pytest
-from strategies import Infos, config_of, infos_of
+from checkpoints import blocks_of, shape_of, sites_of
+from strategies import LAYOUTS, Infos, config_of, infos_of
 
 from ckptgrow.checkpoint import open_checkpoint
 from ckptgrow.errors import FamilyError
-from ckptgrow.families import FAMILIES, REFUSED, Family, Slot, family_of, in_memory_name, linear, locate, ties
+from ckptgrow.families import (
+    FAMILIES,
+    REFUSED,
+    Family,
+    Site,
+    Slot,
+    family_of,
+    in_memory_name,
+    linear,
+    locate,
+    ties,
+    value_at,
+)
 from ckptgrow.proof import prove
 from ckptgrow.surgery import Growth, expand
 from ckptgrow.tensors import TensorInfo
@@ -25,41 +38,56 @@ PREFIXES = ("model.", "", "language_model.model.", "transformer.")
 # ---------------------------------------------------------------- what is found
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_a_family_is_found(model_type: str, prefix: str) -> None:
-    """Width and hidden size from the shapes, every block in order, every tensor in its role, under any prefix."""
+def test_a_family_is_found(model_type: str) -> None:
+    """Width and hidden size from the shapes, every block once, every tensor in its role, whatever the config says."""
     family = FAMILIES[model_type]
-    infos = infos_of(family, layers=11, hidden=3, width=5, prefix=prefix)
-    found = locate(config_of(family, layers=11, hidden=3, width=99), infos)
+    infos = infos_of(family, layers=3, hidden=3, width=6)
+    found = locate(config_of(family, layers=3, hidden=3, width=99), infos)
     assert found.family is family
-    assert found.width == 5
-    assert [mlp.block for mlp in found.mlps] == [prefix + family.stem.format(layer=i) for i in range(11)]
-    assert [mlp.layer for mlp in found.mlps] == list(range(11))
+    assert found.width == 6
+    wanted = {
+        block: layer for site in sites_of(family) for layer in range(3) for block in blocks_of(site, "model.", layer)
+    }
+    assert {mlp.block: mlp.layer for mlp in found.mlps} == wanted
     for mlp in found.mlps:
-        assert (mlp.width, mlp.hidden) == (5, 3)
+        assert (mlp.width, mlp.hidden) == (6, 3)
         assert {mlp.member(name).role for name in mlp.tensors} >= {"down"}
-        assert infos[mlp.down].shape == (3, 5)
-        assert all(name in infos for name in mlp.tensors)
+        assert all(infos[name].shape == shape_of(declared(slot), 3, 6) for name, slot in mlp.tensors.items())
+
+
+def declared(slot: Slot) -> Slot:
+    """A slot as its template has it: with one lane for all flat experts."""
+    return replace(slot, lanes=slot.lanes[:1]) if slot.flat else slot
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("model_type", ["llama", "gemma3", "bart", "mixtral", "bert"])
+def test_a_family_is_found_under_any_prefix(model_type: str, prefix: str) -> None:
+    """Blocks come in the order of their layers, of which 10 follows 9."""
+    found = locate(config_of(model_type, layers=11), infos_of(model_type, layers=11, prefix=prefix))
+    per_layer = len(found.groups[0].mlps) // 11
+    assert [mlp.layer for mlp in found.groups[0].mlps] == [i for i in range(11) for _ in range(per_layer)]
+    assert all(mlp.block.startswith(prefix) for mlp in found.mlps)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_biases_are_found(model_type: str) -> None:
     """Biases of gate and up grow; the bias of down has no units and stays."""
-    family = FAMILIES[model_type]
-    (mlp,) = locate(config_of(family, layers=1), infos_of(family, layers=1, bias=True)).mlps
-    assert len(mlp.tensors) == len(family.template.slots)
-    assert any(slot.bias for slot in mlp.tensors.values())
-    assert not any(name.endswith(family.template.still[0]) for name in mlp.tensors)
+    found = locate(config_of(model_type, layers=1), infos_of(model_type, layers=1, bias=True))
+    for mlp in found.mlps:
+        wanted = {slot.name for slot in mlp.site.template.slots if slot.lanes != ("norm",) or not slot.bias}
+        assert {slot.name for slot in mlp.tensors.values()} == wanted
+        assert not {f"{mlp.block}.{name}" for name in mlp.site.template.still} & mlp.tensors.keys()
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", LAYOUTS)
 def test_a_family_is_found_in_files(model_type: str, tmp_path: Path) -> None:
     """The same from a folder that the safetensors library wrote."""
     folder = checkpoints.make(tmp_path / "base", model_type, hidden=8, width=12)
     base = open_checkpoint(folder)
     found = locate(base.config, base.infos)
-    assert (found.width, found.mlps[0].hidden, len(found.mlps)) == (12, 8, 2)
+    assert (found.width, found.mlps[0].hidden) == (12, 8)
 
 
 def test_the_tensors_of_an_mlp_are_in_the_order_of_the_template() -> None:
@@ -78,14 +106,11 @@ def test_the_width_is_never_read_from_the_config() -> None:
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_path_of_the_width(model_type: str) -> None:
-    """The dotted key is there in the family's config."""
+    """Each dotted key is there in the family's config, and says the width by its rule."""
     config = config_of(model_type)
-    found = locate(config, infos_of(model_type))
-    value: Any = config
-    for key in found.width_path.split("."):
-        value = value[key]
-    assert value == 4
-    assert (found.width_path == "text_config.intermediate_size") == (model_type == "gemma3")
+    for group in locate(config, infos_of(model_type)).groups:
+        assert value_at(config, group.path) == group.says
+        assert [group.told({group.path: group.says}, mlp) for mlp in group.mlps] == [4] * len(group.mlps)
 
 
 def test_a_vision_tower_is_left_alone() -> None:
@@ -103,18 +128,11 @@ def test_a_vision_tower_is_left_alone() -> None:
 
 def test_a_family_is_one_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new architecture with its own names, keys and a fused bias needs nothing but this."""
-    family = Family(
-        "newcomer",
-        linear(gate_up="w13", down="w2"),
-        stem="blocks.{layer}.ffn",
-        scope="llm",
-        width="ffn_dim",
-        depth="n_layers",
-        hidden="dim",
-    )
-    monkeypatch.setitem(FAMILIES, "newcomer", family)
-    infos = infos_of(family, bias=True, prefix="net.")
-    found = locate(config_of(family), infos)
+    template = linear(gate_up="w13", down="w2")
+    site = Site(template, "blocks.{layer}.ffn", "ffn_dim", scope="llm", depth="n_layers", hidden="dim")
+    monkeypatch.setitem(FAMILIES, "newcomer", Family("newcomer", (site,)))
+    infos = infos_of("newcomer", bias=True, prefix="net.")
+    found = locate(config_of("newcomer"), infos)
     assert found.mlps[1].tensors == {
         "net.blocks.1.ffn.w13.weight": Slot("w13.weight", ("gate", "up"), 0),
         "net.blocks.1.ffn.w13.bias": Slot("w13.bias", ("gate", "up"), 0, bias=True),
@@ -142,14 +160,15 @@ def test_templates() -> None:
 
 
 def test_the_table_contradicts_itself_nowhere() -> None:
-    """Each family under its own name, every stem with one layer, nothing both known and refused."""
+    """Each family under its own name, nothing both known and refused, one down in every template, no site twice."""
     assert all(family.model_type == name for name, family in FAMILIES.items())
-    assert all(family.stem.count("{layer}") == 1 for family in FAMILIES.values())
     assert not FAMILIES.keys() & REFUSED.keys()
-    assert all(
-        [slot.lanes for slot in family.template.slots].count(("down",)) == 1 and family.template.slots[0].required
-        for family in FAMILIES.values()
-    )
+    for family in FAMILIES.values():
+        assert len(set(family.sites)) == len(family.sites)
+        assert all(site.stem.count("{layer}") <= 1 for site in family.sites)
+        assert all(sum(slot.shared for slot in site.template.slots) == 1 for site in family.sites)
+        assert all(site.template.slots[0].required for site in family.sites)
+        assert not {name for name, _ in family.refuses} & set(family.towers)
 
 
 # ---------------------------------------------------------------- names in memory, tied tensors

@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from hub_server import HubServer, Repository
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import LAW
+from strategies import LAW, LAYOUTS
 from torch import nn
 
 import ckptgrow
@@ -75,11 +75,16 @@ def test_the_command_line_offers_what_there_is() -> None:
     assert {*FORMATS} == {*DIALECTS, "safetensors"}
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_family_speaks_every_dialect(model_type: str, grow: Grow) -> None:
-    """No family is left without words, and each text has its comment or note."""
-    grown = grow(model_type, bias=FAMILIES[model_type].template.gated)
+@pytest.mark.parametrize("model_type", LAYOUTS)
+def test_every_layout_speaks_every_dialect(model_type: str, grow: Grow) -> None:
+    """No layout is left without words, and each text has its comment or note."""
+    grown = grow(model_type, bias=FAMILIES[model_type].sites[0].template.gated)
+    if model_type in ("dbrx", "gpt_oss", "jetmoe"):  # nothing but stacks: no Linear that a LoRA could adapt
+        with pytest.raises(ckptgrow.RequestError, match="what trains here is none"):
+            ckptgrow.mask(grown, "peft")
     for wording in DIALECTS:
+        if wording == "peft" and model_type in ("dbrx", "gpt_oss", "jetmoe"):
+            continue
         text = ckptgrow.mask(grown, wording).text
         assert text is not None
         assert text.endswith("\n")

@@ -233,7 +233,8 @@ def test_every_growth_is_proved(data: st.DataObject) -> None:
     base = data.draw(tinies)
     growth = data.draw(growths(base.architecture.width))
     plan = expand(base.infos, base.architecture, growth)
-    assert prove(plan, base.infos, base.architecture) == base.architecture.width * len(base.architecture.mlps)
+    units = sum(mlp.width * mlp.experts for mlp in base.architecture.mlps)
+    assert prove(plan, base.infos, base.architecture) == units
     assert same_function(plan, base)
 
 
@@ -246,7 +247,9 @@ def test_every_growth_has_the_right_shapes(data: st.DataObject) -> None:
     plan = expand(base.infos, base.architecture, growth)
     old, new = base.architecture.width, growth.new_width(base.architecture.width)
     assert [o.name for o in plan.outputs] == list(base.infos)
-    assert [edit.value for edit in plan.config] == [new]
+    beside = {group.site.under(key) for group in base.architecture.groups for key, _ in group.site.also}
+    rules = {group.path: 2 if group.site.rule == "twice" else 1 for group in base.architecture.groups}
+    assert {e.path: e.value for e in plan.config if e.path not in beside} == {p: new * k for p, k in rules.items()}
     slots = {name: slot for mlp in base.architecture.mlps for name, slot in mlp.tensors.items()}
     for grown in plan.outputs:
         before, slot = base.infos[grown.name], slots.get(grown.name)
@@ -258,7 +261,9 @@ def test_every_growth_has_the_right_shapes(data: st.DataObject) -> None:
         assert grown.shape[: slot.axis] + grown.shape[slot.axis + 1 :] == (
             before.shape[: slot.axis] + before.shape[slot.axis + 1 :]
         )
-        assert grown.grown() == tuple((lane * new + old, (lane + 1) * new) for lane in range(len(slot.lanes)))
+        span = slot.span
+        behind = [(span * (lane * new + old), span * (lane + 1) * new) for lane in range(len(slot.lanes))]
+        assert grown.grown() == tuple(behind)
 
 
 def test_the_law_can_fail() -> None:

@@ -10,18 +10,23 @@ from ckptgrow.cli.group import as_json, bars, json_of, main, quiet
 from ckptgrow.policy import POLICIES, SHARE_CHOICES
 from ckptgrow.surgery import UNEVEN_CHOICES
 
+in_tower = click.option(
+    "--tower", metavar="NAME", help="Which part of a model of several: vision, audio, ...  [default: the text model]"
+)
+
 
 @main.command()
 @click.argument("src")
+@in_tower
 @as_json
-def inspect(src: str, as_json: bool) -> None:
+def inspect(src: str, tower: str | None, as_json: bool) -> None:
     """Say what SRC is: its MLPs and their widths, dtypes, size, what can grow and why not.
 
     Reads headers only; a Hub id is not downloaded.
     """
     from ckptgrow import operations, report
 
-    seen = operations.inspect(src)
+    seen = operations.inspect(src, tower=tower)
     click.echo(json_of(seen) if as_json else report.inspection(seen))
 
 
@@ -57,6 +62,14 @@ def inspect(src: str, as_json: bool) -> None:
     default="uniform",
     show_default=True,
     help="The layers that --layers leaves out: filled up to one width, or as they are where the config can say so.",
+)
+@in_tower
+@click.option(
+    "--experts",
+    default="all",
+    show_default=True,
+    metavar="all|shared|LIST",
+    help="Which experts grow; shared: only what every token passes. One config key can only grow whole.",
 )
 @click.option("--plan", is_flag=True, help="Say what would happen and write nothing; with --json the whole Plan.")
 @click.option("--force", is_flag=True, help="Replace an existing OUT, only after the new one is complete.")

@@ -166,6 +166,7 @@ def _prepare(origin: Origin, out: Path, wish: _Wish, report: Progress) -> _Job:
     """Everything but the writing: what is redundant, what that allows, and the Plan of it."""
     trained = open_checkpoint(origin.folder)
     architecture = locate(trained.config, trained.infos)
+    architecture.check_plain("fold")
     wish.check(architecture.width)
     hints = hints_of(trained, architecture)
     meter = Meter(report, "comparing units", _mlp_bytes(trained, architecture))

@@ -14,7 +14,7 @@ from ckptgrow.card import card, licence
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, open_checkpoint
 from ckptgrow.errors import FamilyError, FormatError, PlanError
 from ckptgrow.execute import write_shards
-from ckptgrow.families import Architecture, locate, ties
+from ckptgrow.families import EVERY, Architecture, locate, ties
 from ckptgrow.hub import Origin, fetch, preview
 from ckptgrow.identity import identify
 from ckptgrow.layers import chosen, ranked
@@ -32,15 +32,17 @@ Source = str | Path
 Layers = str | Iterable[int] | None
 
 
-def inspect(src: Source) -> Inspection:
+def inspect(src: Source, *, tower: str | None = None) -> Inspection:
     """What `src` (a folder or `org/name[@revision]`) is and whether it can grow. Reads headers only.
+
+    `tower` chooses one of a model of several, by default its first: the text model.
 
     Raises CkptgrowError where there is no readable checkpoint.
     """
     origin, base = _peek(src)
     architecture, reason, grown_before = None, None, 0
     try:
-        architecture = locate(base.config, base.infos)
+        architecture = locate(base.config, base.infos, tower)
         grown_before = len(history(base))
     except (FamilyError, FormatError) as error:
         reason = str(error)
@@ -59,14 +61,16 @@ def plan_expand(
     seed: int = 0,
     layers: Layers = None,
     uneven: Uneven = "uniform",
+    tower: str | None = None,
+    experts: str = "all",
 ) -> Proposal:
     """What `expand` would do with the same options, for `--plan`: reads headers only and writes nothing.
 
     Raises CkptgrowError for whatever `expand` would refuse before its first byte, but for an existing OUT and a
     full disk, which the figures show.
     """
-    growth = Growth(factor, width, multiple_of, policy, shares, seed, _layers(layers), uneven)
     origin, base = _peek(src)
+    growth = Growth(factor, width, multiple_of, policy, shares, seed, _layers(layers), uneven, tower, experts)
     return _prepare(origin, base, Path(out), growth).proposal
 
 
@@ -82,6 +86,8 @@ def expand(
     seed: int = 0,
     layers: Layers = None,
     uneven: Uneven = "uniform",
+    tower: str | None = None,
+    experts: str = "all",
     force: bool = False,
     resume: bool = False,
     verify: bool = True,
@@ -92,13 +98,12 @@ def expand(
 
     `factor` (2 if neither is given) or `width` says how wide; `policy` what will train (METHOD.md 4); `shares` and
     `seed` how each column of down is shared out among the copies of its unit (METHOD.md 2, 3). `layers` names the
-    layers that grow ("3-11,20", "@ranking.json", or numbers): by `uneven` the others are filled up to the same width
-    with copies whose columns are zero and that never train, or keep theirs where the config can say so (METHOD.md 7).
+    layers that grow ("3-11,20", "@ranking.json", or numbers), the others being filled up or, by `uneven`, kept as they
+    are (METHOD.md 7); `tower` one of several (by default the text model); `experts` all, shared, or the numbers of all.
     `force` replaces an existing `out` once the new one is complete; `resume` goes on from a killed run; `verify` proves
-    what was written before `out` appears; `bars` lets huggingface_hub draw its own while it downloads. Raises
-    CkptgrowError (and OSError where the system fails), and then nothing is left on disk.
+    what was written; `bars` lets huggingface_hub draw its own. Raises CkptgrowError, and then nothing is left on disk.
     """
-    growth = Growth(factor, width, multiple_of, policy, shares, seed, _layers(layers), uneven)
+    growth = Growth(factor, width, multiple_of, policy, shares, seed, _layers(layers), uneven, tower, experts)
     report, seen = progress or silent, preview(src)
     target = Path(out).resolve()
     check_apart(target, seen.origin.folder)
@@ -139,7 +144,7 @@ def verify(
     report = progress or silent
     mine, its = fetch(base, progress=bars), fetch(grown, progress=bars)
     one, other = open_checkpoint(mine.folder), open_checkpoint(its.folder)
-    architecture = locate(one.config, one.infos)
+    architecture = locate(one.config, one.infos, EVERY)
     answers = list(_answers(one, other, architecture, report))
     if answers[-1].findings:
         answers.append(equivalence.Answer("probed", "not run", "the MLPs are not the same on their weights"))
@@ -199,7 +204,7 @@ def _inspection(
         model_type=model_type if isinstance(model_type, str) else None,
         growable=reason is None,
         reason=reason,
-        gated=family.template.gated if family else None,
+        gated=any(mlp.site.template.gated for mlp in architecture.mlps) if architecture else None,
         norm_after=family.norm_after if family else None,
         blocks=tuple(_blocks(base, architecture)) if architecture else (),
         parameters=base.parameters,
@@ -217,12 +222,6 @@ def _blocks(base: Checkpoint, architecture: Architecture) -> Iterator[Block]:
         yield Block(mlp.block, mlp.layer, mlp.width, mlp.hidden, tuple(dtypes))
 
 
-def _said(architecture: Architecture, growth: Growth) -> Iterator[str]:
-    """How the columns of down are shared out, for each width that grows."""
-    for old in sorted({mlp.width for mlp in architecture.mlps if growth.grows(mlp.layer)}):
-        yield from said(old, growth.new_width(old), growth.rules, growth.shares, growth.layers)
-
-
 def _layers(asked: Layers) -> tuple[int, ...] | None:
     """The layers to grow, ascending; None stands for all. `@FILE` names a ranking."""
     if not isinstance(asked, str) or not asked.startswith("@"):
@@ -235,7 +234,7 @@ def _layers(asked: Layers) -> tuple[int, ...] | None:
 
 def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Job:
     """Everything that can be known, and refused, before the first byte is written."""
-    architecture = locate(base.config, base.infos)
+    architecture = locate(base.config, base.infos, growth.tower).only(growth.experts)
     history(base)
     plan = surgery.expand(base.infos, architecture, growth)
     prove(plan, base.infos, architecture)
@@ -269,6 +268,21 @@ def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Jo
         plan=plan,
     )
     return _Job(origin, base, architecture, growth, layout, grown, proposal)
+
+
+def _said(architecture: Architecture, growth: Growth) -> Iterator[str]:
+    """How the columns of down are shared out; where there are several widths, under the key of each."""
+    told = {}
+    for group in architecture.groups:
+        choice: ShareChoice = "even" if group.grain > 1 else growth.shares
+        told[group.path] = [
+            sentence
+            for old in group.starts(growth.layers)
+            for sentence in said(old, growth.new_width(old), growth.rules, choice, growth.layers)
+        ]
+    alike = len(set(map(tuple, told.values()))) == 1
+    for path, sentences in [*told.items()][: 1 if alike else None]:
+        yield from (sentence if alike else f"{path}: {sentence}" for sentence in sentences)
 
 
 # ---------------------------------------------------------------- writing

@@ -1,0 +1,253 @@
+"""What is found in a checkpoint: its MLPs by the tensors that carry their width, in groups that grow together.
+
+A Group is all MLPs whose width one config key says. Its rule connects key and width in both directions: what a grown
+config must say, and, for the checkers, what a config does say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+from ckptgrow.errors import FamilyError, RequestError
+from ckptgrow.families.form import Family, Rule, Site, Slot
+from ckptgrow.plan import Member
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """One MLP found in a checkpoint, or a stack of `experts` alike ones in the same tensors.
+
+    `tensors` says what each tensor is in it; `width` (units of one expert) and `hidden` are read from their shapes.
+    """
+
+    block: str
+    layer: int
+    tensors: Mapping[str, Slot]  # tensor name -> slot, in the template's order
+    width: int
+    hidden: int
+    site: Site
+    experts: int = 1
+    expert: int | None = None  # its number among experts that have tensors of their own
+
+    def member(self, name: str) -> Member:
+        slot = self.tensors[name]
+        lanes = slot.lanes if slot.block == 1 else ("scale",) * len(slot.lanes)
+        return Member(self.block, self.layer, lanes, slot.bias, slot.places)
+
+    @cached_property
+    def down(self) -> str:
+        """The name of the tensor of shares; none ("") in a spare expert."""
+        return next((name for name, slot in self.tensors.items() if slot.shared), "")
+
+    @property
+    def grain(self) -> int:
+        """How many neighbouring units can only be moved together: those of one block of scales."""
+        return max(slot.block for slot in self.tensors.values())
+
+
+# ---------------------------------------------------------------- what a config key says
+
+
+def value_at(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path, None where there is none."""
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _swiglu(ratio: int, hidden: int) -> int:
+    """DINOv2's width: two thirds of hidden x ratio, rounded up to a multiple of 8."""
+    return (int(int(hidden * ratio) * 2 / 3) + 7) // 8 * 8
+
+
+# rule -> the width that a value of the key says
+_WIDTHS: Mapping[Rule, Callable[[Any, int], float]] = {
+    "units": lambda value, hidden: value,
+    "twice": lambda value, hidden: value / 2,
+    "per hidden": lambda value, hidden: int(value * hidden),
+    "swiglu": _swiglu,
+}
+
+
+def _ratio(width: int, hidden: int, present: Any) -> Any:
+    """The ratio of a width to the hidden size, a whole number where the config has one."""
+    exact = Fraction(width, hidden)
+    if exact.denominator == 1 and not isinstance(present, float):
+        return exact.numerator
+    return float(exact)
+
+
+# rule -> the value that says a width, in the type of the present value
+_VALUES: Mapping[Rule, Callable[[int, int, Any], Any]] = {
+    "units": lambda width, hidden, present: width,
+    "twice": lambda width, hidden, present: 2 * width,
+    "per hidden": _ratio,
+    "swiglu": lambda width, hidden, present: next(r for r in range(1, width + 9) if _swiglu(r, hidden) >= width),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The MLPs whose width one config key says; `says` is its present value, which may be missing or wrong."""
+
+    path: str
+    mlps: tuple[Mlp, ...]
+    says: Any = None
+
+    @property
+    def site(self) -> Site:
+        return self.mlps[0].site
+
+    @cached_property
+    def width(self) -> int:
+        """The units that the key speaks of: those of the narrowest MLP, of which others may have a multiple."""
+        base = [mlp.width for mlp in self.mlps if not mlp.site.multiple]
+        return min(base or [mlp.width for mlp in self.mlps])
+
+    @property
+    def grain(self) -> int:
+        return max(mlp.grain for mlp in self.mlps)
+
+    def starts(self, layers: Collection[int] | None) -> list[int]:
+        """The widths from which it grows: several only where its key is a list."""
+        if not self.site.listed:
+            return [self.width]
+        return sorted({mlp.width for mlp in self.mlps if layers is None or mlp.layer in layers})
+
+    @property
+    def uniform(self) -> bool:
+        return all(mlp.width == self.width for mlp in self.mlps)
+
+    def widened(self, mlp: Mlp, old: int, new: int) -> int:
+        """The width of one of the MLPs when what the key speaks of grows from `old` to `new`: by the same factor."""
+        width = Fraction(mlp.width * new, old)
+        if width.denominator != 1:
+            raise RequestError(f"{new:,} / {old:,} times its {mlp.width:,} units is no whole number").at(
+                tensor=mlp.block
+            )
+        return width.numerator
+
+    def edits(self, widths: Mapping[str, int]) -> dict[str, Any]:
+        """What config.json must say when the MLPs have these widths, by block. Raises FamilyError where it cannot."""
+        edits = {self.path: self.value_of(widths)} | {self.site.under(key): wanted for key, wanted in self.site.also}
+        for mlp in self.mlps:
+            if self.told(edits, mlp) != widths[mlp.block]:
+                raise FamilyError(
+                    f"{self.path} cannot say that its width is {widths[mlp.block]:,}",
+                    tensor=mlp.block,
+                    hint="Choose another --factor or --width.",
+                )
+        return edits
+
+    def value_of(self, widths: Mapping[str, int]) -> Any:
+        """What the key must be for these widths, by block: a list only where it must be one."""
+        say, present = _VALUES[self.site.rule], None if isinstance(self.says, list) else self.says
+        values = [say(widths[mlp.block] // self._times(mlp), mlp.hidden, present) for mlp in self.mlps]
+        return values if self.site.listed and (isinstance(self.says, list) or len(set(values)) > 1) else values[0]
+
+    def told(self, values: Mapping[str, Any], mlp: Mlp) -> float | None:
+        """The width of an MLP that these values of config keys, by dotted path, say; None where they do not."""
+        value = values.get(self.path)
+        if isinstance(value, list) and self.site.listed:
+            value = value[mlp.layer] if len(value) == len(self.mlps) else None
+        if type(value) is not int and not (type(value) is float and self.site.rule == "per hidden"):
+            return None
+        units = _WIDTHS[self.site.rule](value, mlp.hidden)
+        return units * self._times(mlp)
+
+    def _times(self, mlp: Mlp) -> int:
+        """How many times the key's width this MLP has."""
+        return mlp.width // self.width if mlp.site.multiple else 1
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family found in a checkpoint: all MLPs of the asked towers."""
+
+    family: Family
+    groups: tuple[Group, ...]
+
+    @cached_property
+    def mlps(self) -> tuple[Mlp, ...]:
+        return tuple(mlp for group in self.groups for mlp in group.mlps)
+
+    @property
+    def width(self) -> int:
+        """The one width that all config keys say. Raises FamilyError where there are several."""
+        several = dict.fromkeys(group.width for group in self.groups)
+        if len(several) > 1:
+            raise FamilyError(f"the MLPs have several widths ({', '.join(f'{width:,}' for width in several)})")
+        return self.groups[0].width
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The width of each MLP, by block."""
+        return {mlp.block: mlp.width for mlp in self.mlps}
+
+    @property
+    def width_path(self) -> str:
+        """The dotted config key of the width, where there is one."""
+        if len(self.groups) > 1:
+            raise FamilyError(f"several keys say its widths ({', '.join(group.path for group in self.groups)})")
+        return self.groups[0].path
+
+    def check_plain(self, verb: str) -> None:
+        """Raise RequestError unless it has one width, said as it is, of MLPs with tensors of their own."""
+        _ = self.width_path
+        for mlp in self.mlps:
+            odd = [s for s in mlp.tensors.values() if s.stacked or s.flat or s.extra or s.coded or s.span > 1]
+            if odd or mlp.site.rule != "units" or mlp.site.multiple or mlp.site.also:
+                raise RequestError(f"{verb} does not know this layout of MLPs yet ({self.family.model_type})").at(
+                    tensor=mlp.block
+                )
+            if self.family.statistics or mlp.site.template.normed:
+                raise RequestError(f"it takes statistics over its units, so {verb} would change it").at(
+                    tensor=mlp.block
+                )
+
+    def holding(self, blocks: Collection[str]) -> Architecture:
+        """The groups of which these are blocks."""
+        kept = tuple(group for group in self.groups if any(mlp.block in blocks for mlp in group.mlps))
+        return replace(self, groups=kept)
+
+    def only(self, experts: str = "all") -> Architecture:
+        """What grows where not all experts should: `shared` is what every token passes, a list names experts.
+
+        Raises RequestError where one key says the width of what should grow and of what should not.
+        """
+        routed = [mlp for mlp in self.mlps if mlp.site.part == "expert"]
+        if experts == "all" or _is_all(experts, routed):
+            return self
+        if not routed:
+            raise RequestError(f"--experts {experts}: this model has no experts")
+        if experts != "shared":
+            paths = ", ".join(dict.fromkeys(mlp.site.path for mlp in routed))
+            raise RequestError(
+                f"--experts {experts}: one config key ({paths}) says the width of all experts, so all must have one",
+                hint="Grow all of them.",
+            )
+        kept = tuple(group for group in self.groups if not any(mlp.site.part == "expert" for mlp in group.mlps))
+        if not kept:
+            raise RequestError(f"--experts shared: {self.groups[0].path} says the width of the routed experts too")
+        return replace(self, groups=kept)
+
+
+def _is_all(experts: str, routed: list[Mlp]) -> bool:
+    """Whether a list of numbers and ranges names every expert."""
+    if experts == "shared":
+        return False
+    there = max((mlp.experts if mlp.expert is None else mlp.expert + 1 for mlp in routed), default=0)
+    named: set[int] = set()
+    for item in experts.split(","):
+        first, _, last = item.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise RequestError(f"--experts {experts}: give all, shared, or numbers like 0,4-7")
+        if there and int(last or first) >= there:
+            raise RequestError(f"--experts {experts}: there are {there} experts, numbered from 0")
+        named |= set(range(int(first), int(last or first) + 1)) if there else set()
+    return 0 < there == len(named)
