@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ckptgrow.errors import CkptgrowError
 from ckptgrow.families import FAMILIES, Architecture, Family, Mlp, locate
 from ckptgrow.plan import Output, Plan, Share, Term
 from ckptgrow.policy import POLICIES
@@ -105,6 +106,18 @@ FREE = sorted(
     if not family.statistics
     and not any(site.template.normed or site.rule == "per hidden" for site in checkpoints.sites_of(family))
 )
+
+
+def _is_plain(name: str) -> bool:
+    try:
+        tiny(name).architecture.check_plain("fold")
+    except CkptgrowError:
+        return False
+    return True
+
+
+# Those whose MLPs have tensors of their own and one width: what fold knows.
+PLAIN = [name for name in FREE if _is_plain(name)]
 # One family for each company of templates.
 LAYOUTS = sorted(
     {
