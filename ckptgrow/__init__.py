@@ -10,6 +10,8 @@ The verbs of the command line, with the same words:
     fold(trained, out, ...) back to a standard shape, where exact; `plan_fold` says whether it is
     rank(base, tuned)       which layers did an ordinary fine-tuning change most?
     revert(grown, out)      the base back, byte for byte
+    extract(trained, skill) what training learned, and nothing else
+    apply(base, skill, out) the trained checkpoint from base and skill
 
 Names are imported when they are first used, so that `ckptgrow --help` starts at once.
 """
@@ -30,15 +32,30 @@ if TYPE_CHECKING:
         PlanError,
         RequestError,
     )
-    from ckptgrow.operations import audit, expand, fold, inspect, mask, plan_expand, plan_fold, rank, revert, verify
+    from ckptgrow.operations import (
+        apply,
+        audit,
+        expand,
+        extract,
+        fold,
+        inspect,
+        mask,
+        plan_expand,
+        plan_fold,
+        rank,
+        revert,
+        verify,
+    )
     from ckptgrow.ranking import Ranking
-    from ckptgrow.results import Expansion, Folding, Inspection, Mask, Proposal, Verification
+    from ckptgrow.results import Application, Expansion, Extraction, Folding, Inspection, Mask, Proposal, Verification
     from ckptgrow.reversal import Reversion
 
 __all__ = [
+    "Application",
     "Audit",
     "CkptgrowError",
     "Expansion",
+    "Extraction",
     "FamilyError",
     "Folding",
     "FormatError",
@@ -53,8 +70,10 @@ __all__ = [
     "Reversion",
     "Verification",
     "__version__",
+    "apply",
     "audit",
     "expand",
+    "extract",
     "fold",
     "inspect",
     "mask",

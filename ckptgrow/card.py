@@ -18,9 +18,13 @@ _LICENCE = re.compile(r"^(?:license|license_name|license_link):.*(?:\n(?:[ \t]|-
 def licence(readme: Path) -> tuple[str, ...]:
     """The licence entries of a model card's front matter, as they stand there."""
     try:
-        text = readme.read_text(encoding="utf-8-sig")
+        return licence_in(readme.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return ()
+
+
+def licence_in(text: str) -> tuple[str, ...]:
+    """The same of a card's text."""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     entries = (entry.rstrip() for entry in _LICENCE.findall(front[1])) if front else ()
     return tuple(entry for entry in entries if not entry.endswith(":"))
@@ -117,6 +121,38 @@ def folded_card(
         f" [ckptgrow](https://pypi.org/project/ckptgrow/): {what} {sums}"
     )
     return "\n".join([*front, "", f"# {name}, folded", "", told, ""])
+
+
+def skill_card(manifest: Manifest, elements: int, licence_lines: tuple[str, ...]) -> str:
+    """The whole text of a skill's card. `elements`: how many weights it holds."""
+    base = manifest.base
+    told = (
+        f"What a training of `{base.id}`, grown by [ckptgrow](https://pypi.org/project/ckptgrow/), learned: the"
+        f" {elements:,} weights that policy `{manifest.policy}` lets train, and nothing else. With the base they make"
+        " the trained model again, bit for bit:"
+    )
+    code = ("```sh", f"ckptgrow apply {base.id} THIS_FOLDER OUT", "```", "")
+    return "\n".join(
+        [*_plain_front(manifest, "skill", licence_lines), "", f"# A skill for {base.id}", "", told, "", *code]
+    )
+
+
+def applied_card(manifest: Manifest, licence_lines: tuple[str, ...]) -> str:
+    """The whole text of the card of a checkpoint made from base and skill."""
+    told = (
+        f"This is `{manifest.base.id}`, grown by [ckptgrow](https://pypi.org/project/ckptgrow/) with policy"
+        f" `{manifest.policy}` and trained, put together from the base and a skill. `ckptgrow.json` says which weights"
+        " are the base's; `ckptgrow revert` gives the base back where the policy allows it."
+    )
+    front = _plain_front(manifest, "grown", licence_lines)
+    return "\n".join([*front, "", f"# {manifest.base.id}, grown and trained", "", told, ""])
+
+
+def _plain_front(manifest: Manifest, kind: str, licence_lines: tuple[str, ...]) -> Iterator[str]:
+    yield "---"
+    if manifest.base.revision is not None and _HUB_ID.fullmatch(manifest.base.id):
+        yield f"base_model: {manifest.base.id}"
+    yield from ("library_name: transformers", *licence_lines, "tags:", "- ckptgrow", f"- {kind}", "---")
 
 
 # Run by a test on a real grown checkpoint, with `folder` set.

@@ -145,6 +145,15 @@ def open_checkpoint(folder: Path, remote: Mapping[str, tuple[bytes, int]] | None
     return _opened(folder, remote or {}, bare=False)
 
 
+def open_file(folder: Path, file: str) -> Checkpoint:
+    """One safetensors file by itself, whatever its name."""
+    try:
+        return Checkpoint(folder, "", {}, None, {file: _shard(folder, file, {})})
+    except CkptgrowError as error:
+        error.file = str(folder / file)
+        raise
+
+
 def open_weights(folder: Path) -> Checkpoint:
     """Open a folder that may have tensors and no config.json, as exports of a trainer's state do."""
     return _opened(folder, {}, bare=not (folder / CONFIG).is_file())

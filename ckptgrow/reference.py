@@ -20,7 +20,7 @@ from ckptgrow.config import set_value
 from ckptgrow.errors import RequestError
 from ckptgrow.execute import made
 from ckptgrow.identity import Base
-from ckptgrow.lineage import belonging, recall, stranger
+from ckptgrow.lineage import Past, belonging, recall, stranger
 from ckptgrow.manifest import CONFIG_KEY, Manifest, check_described, grown_config, history, load_manifest, named_in
 from ckptgrow.plan import Output
 from ckptgrow.surgery import BASE
@@ -49,7 +49,7 @@ class Reference:
 class Regrown:
     """A growth that lies on no disk: each tensor is made from the base when it is asked for."""
 
-    base: Checkpoint
+    base: Tensors
     outputs: Mapping[str, Output]
 
     @cached_property
@@ -86,8 +86,7 @@ def open_reference(folder: Path, trained: Trained, manifest: Path | None = None)
             file=str(folder),
             hint="Give the folder that ckptgrow expand wrote, or the one that it grew.",
         )
-    regrown = _regrown(opened, described, text, path)
-    return replace(regrown, notes=(*notes, f"made anew from {folder} by {path}"))
+    return replace(_regrown(opened, described, text, path), notes=(*notes, f"made anew from {folder} by {path}"))
 
 
 def _found(folder: Path, trained: Trained, manifest: Path | None) -> Path:
@@ -125,8 +124,12 @@ def _unlike(opened: Checkpoint, manifest: Manifest) -> str | None:
 
 def _regrown(base: Checkpoint, manifest: Manifest, text: bytes, path: Path) -> Reference:
     """The growth made again. Raises FormatError where it does not come out as the manifest says."""
-    past = recall(manifest, str(path))
-    config = grown_config(base.config_text, past.plan, manifest, past.architecture)
+    return regrown(recall(manifest, str(path)), base, base, text)
+
+
+def regrown(past: Past, base: Tensors, files: Checkpoint, text: bytes) -> Reference:
+    """What a growth makes of the base's tensors, which need not lie in `files`; `text` is its manifest's."""
+    config = grown_config(files.config_text, past.plan, past.manifest, past.architecture)
     config = set_value(config, f"{CONFIG_KEY}.manifest", digest_of(text))  # an older version may write it otherwise
     outputs = {output.name: output for output in past.plan.outputs}
-    return Reference(Regrown(base, outputs), config, manifest, text, base)
+    return Reference(Regrown(base, outputs), config, past.manifest, text, files)

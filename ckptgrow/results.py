@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ckptgrow.equivalence import Answer
+from ckptgrow.equivalence import Answer, Finding
 from ckptgrow.manifest import GrownBlock, Manifest
 from ckptgrow.plan import Plan
 from ckptgrow.sums import Rounding
@@ -218,3 +218,38 @@ class Folding:
         if self.planned and self.plan is not None:
             described["plan"] = self.plan.to_json()
         return described | {"exit_code": self.exit_code}
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """What `extract` wrote: tensors and elements of the skill, bytes of its file. Where something moved, nothing."""
+
+    trained: str
+    skill: str
+    base: str
+    tensors: int
+    elements: int
+    bytes: int
+    moved: tuple[Finding, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.moved else 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"extracted": not self.moved, "exit_code": self.exit_code}
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """What `apply` wrote: how many tensors, and in how many of them the skill's elements lie."""
+
+    base: str
+    skill: str
+    out: str
+    tensors: int
+    learned: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

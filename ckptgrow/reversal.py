@@ -94,7 +94,7 @@ def prepare(grown: Path, base: Path | None, given: Path | None, *, every: bool) 
             raise RequestError(": ".join(strange), file=str(base), hint="Give the checkpoint that was grown.")
         plan = Plan(tuple(unchanged(info, BASE) for info in source.infos.values()))
         return Undoing(past, len(growths), plan, {BASE: source}, (), (base,), None, notes)
-    names, said = _names(growths[0], path, found)
+    names, said = names_of(growths[0], path, found)
     plan, doubtful = _inverted(growths)
     plan = renamed(plan, TRAINED, names)
     plan.check({TRAINED: found.infos})
@@ -115,7 +115,7 @@ def _inverted(growths: tuple[Past, ...]) -> tuple[Plan, tuple[str, ...]]:
     return whole, tuple(name for name in growths[-1].base.infos if name in doubtful)
 
 
-def _names(last: Past, path: Path, found: Trained) -> tuple[dict[str, str], tuple[str, ...]]:
+def names_of(last: Past, path: Path, found: Trained) -> tuple[dict[str, str], tuple[str, ...]]:
     """Grown name -> trained name, for every tensor of the grown checkpoint, and notes. Refuses a misfit."""
     told = Told(last)
     reference = Reference(told, last.manifest.base.config, last.manifest, path.read_bytes(), last.base)

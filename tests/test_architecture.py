@@ -57,6 +57,7 @@ ORDER = [
     "plot",
     "inversion",
     "reversal",
+    "skills",
     "training.cut",
     "training.resolve",
     "training.masters",
@@ -88,6 +89,7 @@ ORDER = [
     "operations.folding",
     "operations.ranking",
     "operations.reverting",
+    "operations.skills",
     "operations",
     "report.lines",
     "report.growing",
@@ -96,6 +98,7 @@ ORDER = [
     "report.folding",
     "report.ranking",
     "report.reverting",
+    "report.skills",
     "report",
     "training.finished",
     "training.axolotl",
@@ -107,6 +110,7 @@ ORDER = [
     "cli.folding",
     "cli.ranking",
     "cli.reverting",
+    "cli.skills",
     "cli",
 ]
 ENTRANCES = ["__init__", "__main__"]

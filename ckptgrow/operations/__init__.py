@@ -14,5 +14,19 @@ from ckptgrow.operations.growing import expand, inspect, plan_expand, verify
 from ckptgrow.operations.masking import mask
 from ckptgrow.operations.ranking import rank
 
-__all__ = ["audit", "expand", "fold", "inspect", "mask", "plan_expand", "plan_fold", "rank", "revert", "verify"]
+__all__ = [
+    "apply",
+    "audit",
+    "expand",
+    "extract",
+    "fold",
+    "inspect",
+    "mask",
+    "plan_expand",
+    "plan_fold",
+    "rank",
+    "revert",
+    "verify",
+]
 from ckptgrow.operations.reverting import revert
+from ckptgrow.operations.skills import apply, extract

@@ -8,8 +8,10 @@ from ckptgrow.report.masking import mask
 from ckptgrow.report.ranking import ranking
 
 __all__ = [
+    "application",
     "audit",
     "expansion",
+    "extraction",
     "folding",
     "inspection",
     "mask",
@@ -20,3 +22,4 @@ __all__ = [
     "verification",
 ]
 from ckptgrow.report.reverting import reversion
+from ckptgrow.report.skills import application, extraction

@@ -1,0 +1,227 @@
+"""A skill: what a growth's training learned, without the model it learned it in; and the model from base and skill.
+
+    SKILL/
+      skill.safetensors   of each tensor that trains the elements in its boxes, laid end to end along the boxes' axis
+      ckptgrow.json       the growth's manifest: which base, which units, which boxes
+      README.md           a model card
+
+The header's metadata has, under `ckptgrow`, the manifest's digest and the dtypes in which tensors were trained that are
+not the grown ones. All else of the trained checkpoint follows from the base, which is why nothing is extracted unless
+everything outside the boxes is bit for bit what the growth made of the base.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ckptgrow.checkpoint import MANIFEST, Bits, Checkpoint, Tensors, digest_of, open_file
+from ckptgrow.config import set_value
+from ckptgrow.drift import compare_names, examine
+from ckptgrow.equivalence import Finding, Progress
+from ckptgrow.errors import FormatError, PlanError, RequestError
+from ckptgrow.execute import digest_of_output, made
+from ckptgrow.folding import FLOAT32, widened
+from ckptgrow.inversion import Inverse, invert
+from ckptgrow.layout import Layout, Shard
+from ckptgrow.lineage import Past, Spans, recall, stranger
+from ckptgrow.manifest import CONFIG_KEY, grown_config, load_manifest
+from ckptgrow.matching import Renamed
+from ckptgrow.plan import Output, Part, Plan, Term
+from ckptgrow.reference import Reference, regrown
+from ckptgrow.tensors import TensorInfo, arrange
+from ckptgrow.trained import Trained
+
+SKILL_FILE = "skill.safetensors"
+METADATA_KEY = "ckptgrow"
+TRAINED, SKILL = "trained", "skill"
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A skill folder, opened: the growth, its manifest's text, the learned elements, the dtypes that are not grown."""
+
+    past: Past
+    text: bytes
+    tensors: Checkpoint
+    dtypes: Mapping[str, str]
+
+
+# ---------------------------------------------------------------- taking it out
+
+
+@dataclass(frozen=True)
+class _Recovered:
+    """The base as a trained checkpoint's frozen part gives it back."""
+
+    trained: Tensors
+    base: Checkpoint
+    outputs: Mapping[str, Output]
+
+    @cached_property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self.base.infos
+
+    def bits(self, name: str) -> Bits:
+        return made(self.outputs[name], {TRAINED: self.trained})
+
+
+def from_itself(past: Past, text: bytes, trained: Renamed) -> tuple[Reference, tuple[Finding, ...]]:
+    """What training started from, by the trained checkpoint's own frozen part, and the tensors of it that moved.
+
+    The base is read back from the frozen part, held against the manifest's digests, and grown again. Raises
+    RequestError where the frozen part does not determine the base.
+    """
+    inverse = invert(
+        past.plan,
+        past.base.infos,
+        past.trained,
+        exact_halves=past.manifest.inexact_halves == 0,
+        source=TRAINED,
+    )
+    moved = tuple(_moved(past, inverse, trained))
+    outputs = {output.name: output for output in inverse.plan.outputs}
+    return regrown(past, _Recovered(trained, past.base, outputs), past.base, text), moved
+
+
+def _moved(past: Past, inverse: Inverse, trained: Tensors) -> Iterator[Finding]:
+    told, grown = past.manifest.base.digests, {output.name: output for output in past.plan.outputs}
+    for output in inverse.plan.outputs:
+        axis, spans = past.trained.get(output.name, (0, ()))
+        if spans == ((0, grown[output.name].shape[axis]),):
+            continue  # nothing of it is frozen
+        if digest_of_output(output, {TRAINED: trained}) == told[output.name]:
+            continue
+        if output.name in inverse.doubtful:
+            raise RequestError(
+                f"whether its frozen part moved cannot be told: policy {past.manifest.policy} leaves too little of it",
+                tensor=output.name,
+                hint="Give --base BASE (or the grown folder) to compare with.",
+            )
+        yield Finding(output.name, "its frozen part is not what it was")
+
+
+def moved(reference: Reference, trained: Trained, progress: Progress) -> tuple[Finding, ...]:
+    """Every tensor of which something outside the boxes moved, and how far. Raises RequestError for a misfit."""
+    job = compare_names(reference, trained)
+    for finding in job.findings:
+        raise RequestError(finding.problem, file=str(trained.folder), tensor=finding.tensor)
+    seen, _ = examine(job, progress)
+    return tuple(
+        Finding(
+            drift.tensor,
+            f"{drift.moved_before_cast:,} of {drift.frozen:,} frozen elements moved by up to {drift.largest:.3g}",
+        )
+        for drift in seen.tensors
+        if drift.moved_before_cast
+    )
+
+
+def layout_of(past: Past, text: bytes, trained: Renamed) -> Layout:
+    """The skill's one file, in the trained dtypes. A Plan of the source TRAINED."""
+    outputs = tuple(_boxed(name, trained.infos[name], *past.trained[name]) for name in past.trained)
+    grown = {output.name: output.dtype for output in past.plan.outputs}
+    dtypes = {name: info.dtype for name, info in trained.infos.items() if info.dtype != grown[name]}
+    told = json.dumps({"manifest": digest_of(text), "dtypes": dtypes}, sort_keys=True)
+    header = arrange((output.info for output in outputs), {"format": "pt", METADATA_KEY: told})
+    by_name = {output.name: output for output in outputs}
+    return Layout((Shard(SKILL_FILE, header, tuple(by_name[t.name] for t in header.tensors), False),), None)
+
+
+def _boxed(name: str, info: TensorInfo, axis: int, spans: Spans, source: str = TRAINED) -> Output:
+    """The elements in a tensor's boxes, laid end to end."""
+    parts = tuple(Part(stop - start, (Term(source, name, range(start, stop)),)) for start, stop in spans)
+    return Output(name, info.dtype, _narrowed(info.shape, axis, spans), axis, parts)
+
+
+def _narrowed(shape: tuple[int, ...], axis: int, spans: Spans) -> tuple[int, ...]:
+    taken = sum(stop - start for start, stop in spans)
+    return tuple(taken if i == axis else size for i, size in enumerate(shape))
+
+
+def check_extracted(layout: Layout, trained: Renamed, written: Skill) -> None:
+    """Raise PlanError unless the skill that was written holds the trained bytes."""
+    for output in layout.shards[0].outputs:
+        if digest_of_output(output, {TRAINED: trained}) != written.tensors.digest(output.name):
+            raise PlanError("what was written is not what was trained", tensor=output.name, hint="Nothing was kept.")
+
+
+# ---------------------------------------------------------------- putting it back
+
+
+def open_skill(folder: Path) -> Skill:
+    """A skill folder. Raises FormatError where file and manifest are not whole or not each other's."""
+    past, text = recall(load_manifest(folder), str(folder / MANIFEST)), (folder / MANIFEST).read_bytes()
+    tensors = open_file(folder, SKILL_FILE)
+    try:
+        told: dict[str, Any] = json.loads(tensors.headers[SKILL_FILE].metadata[METADATA_KEY])
+        digest, dtypes = told["manifest"], {str(name): str(dtype) for name, dtype in told["dtypes"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise FormatError("it does not say which growth it belongs to", file=str(folder / SKILL_FILE)) from None
+    if digest != digest_of(text):
+        raise FormatError(f"it belongs to another {MANIFEST} than the one beside it", file=str(folder / SKILL_FILE))
+    grown = {output.name: output.info for output in past.plan.outputs}
+    for name in past.trained.keys() ^ tensors.infos.keys():
+        raise FormatError("skill and manifest do not both have it", file=str(folder / SKILL_FILE), tensor=name)
+    for name, (axis, spans) in past.trained.items():
+        wanted = dtypes.get(name, grown[name].dtype), _narrowed(grown[name].shape, axis, spans)
+        if (tensors.infos[name].dtype, tensors.infos[name].shape) != wanted:
+            raise FormatError(f"not {wanted[0]} {list(wanted[1])}", file=str(folder / SKILL_FILE), tensor=name)
+    return Skill(past, text, tensors, dtypes)
+
+
+def check_base(base: Checkpoint, skill: Skill) -> None:
+    """Raise RequestError, naming the tensor, unless the skill grew from that checkpoint, to the bit."""
+    strange = stranger(base, skill.past.manifest.base)
+    if strange:
+        raise RequestError(
+            ": ".join(strange),
+            file=str(base.folder),
+            hint=f"The skill {skill.tensors.folder} grew from another checkpoint: give that one.",
+        )
+
+
+def config_of(skill: Skill, base: Checkpoint, plan: Plan) -> str:
+    """config.json of the trained checkpoint."""
+    text = grown_config(base.config_text, plan, skill.past.manifest, skill.past.architecture)
+    return set_value(text, f"{CONFIG_KEY}.manifest", digest_of(skill.text))
+
+
+def applied(skill: Skill, base: Checkpoint, source: str = SKILL) -> Plan:
+    """The Plan of the trained checkpoint: the growth of BASE, with what was learned in its boxes."""
+    past, dtypes = skill.past, skill.dtypes
+    plan = Plan(tuple(_spliced(output, past, source) for output in past.plan.outputs), past.plan.config)
+    if set(dtypes.values()) == {FLOAT32}:
+        return widened(plan, dtypes, base, past.architecture)
+    return replace(plan, outputs=tuple(replace(o, dtype=dtypes.get(o.name, o.dtype)) for o in plan.outputs))
+
+
+def _spliced(output: Output, past: Past, source: str) -> Output:
+    """One tensor of the growth in which what trains comes from the skill."""
+    _, spans = past.trained.get(output.name, (0, ()))
+    parts, taken = [], 0
+    for start, part in output.placed():
+        inside = [span for span in spans if span[0] < start + part.size and start < span[1]]
+        if not inside or not part.size:
+            parts.append(part)
+            continue
+        if not inside[0][0] <= start or start + part.size > inside[0][1]:
+            raise PlanError("a box ends within what was copied at once", tensor=output.name)
+        parts.append(Part(part.size, (Term(source, output.name, range(taken, taken + part.size)),), part.grown))
+        taken += part.size
+    return replace(output, parts=tuple(parts))
+
+
+def check_applied(skill: Skill, base: Checkpoint, written: Trained, progress: Progress) -> None:
+    """Raise PlanError unless what was written is the base's growth outside the boxes and the skill inside."""
+    reference = regrown(skill.past, base, base, skill.text)
+    wrong = [finding.tensor for finding in moved(reference, written, progress)]
+    for name, (axis, spans) in skill.past.trained.items():
+        inside = _boxed(name, written.infos[name], axis, spans)
+        wrong += [name] if digest_of_output(inside, {TRAINED: written}) != skill.tensors.digest(name) else []
+    if wrong:
+        raise PlanError("what was written is not what it should be", tensor=wrong[0], hint="Nothing was kept.")
