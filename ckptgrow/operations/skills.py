@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ckptgrow.card import applied_card, licence, licence_in, skill_card
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, open_checkpoint
-from ckptgrow.equivalence import Finding
 from ckptgrow.execute import write_shards
 from ckptgrow.hub import fetch
 from ckptgrow.layout import INDEX, lay
@@ -14,7 +13,7 @@ from ckptgrow.lineage import find_manifest, recall
 from ckptgrow.manifest import load_manifest
 from ckptgrow.matching import Renamed
 from ckptgrow.progress import Meter, Progress, silent
-from ckptgrow.reference import open_reference
+from ckptgrow.reference import Reference, open_reference
 from ckptgrow.results import Application, Extraction
 from ckptgrow.reversal import names_of
 from ckptgrow.skills import (
@@ -32,7 +31,7 @@ from ckptgrow.skills import (
 )
 from ckptgrow.staging import Staging, check_apart, check_space, check_target
 from ckptgrow.surgery import BASE
-from ckptgrow.trained import open_trained
+from ckptgrow.trained import Trained, open_trained
 
 Source = str | Path
 
@@ -61,11 +60,7 @@ def extract(
     text, past = path.read_bytes(), recall(load_manifest(path), str(path))
     names, said = names_of(past, path, found)
     mine = Renamed(found, names)
-    gone: tuple[Finding, ...] = ()
-    if base is not None:
-        reference = open_reference(fetch(base, progress=bars).folder, found, path)
-    else:
-        reference, gone = from_itself(past, text, mine)
+    reference, gone = from_itself(past, text, mine) if base is None else (_given(base, found, path, bars), ())
     gone = gone or moved(reference, found, Meter(report, "comparing", sum(i.elements for i in found.infos.values())))
     layout = layout_of(past, text, mine)
     elements = sum(output.info.elements for output in layout.shards[0].outputs)
@@ -90,6 +85,10 @@ def extract(
         check_extracted(layout, mine, written)
         staging.commit()
     return told
+
+
+def _given(base: Source, trained: Trained, manifest: Path, bars: bool) -> Reference:
+    return open_reference(fetch(base, progress=bars).folder, trained, manifest)
 
 
 def apply(
