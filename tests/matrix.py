@@ -31,6 +31,7 @@ TRAINERS: Mapping[str, tuple[tuple[str, ...], str, int]] = {
     "plain": ((), "alone", 1),
     "hf": (("accelerate",), "alone", 1),
     "trl": (("accelerate", "trl", "datasets"), "alone", 1),
+    "lightning": (("lightning",), "alone", 1),
     "ddp": ((), "sharded", 2),
     "fsdp1": ((), "sharded", 2),
     "fsdp2": ((), "sharded", 2),
@@ -360,6 +361,48 @@ def trl(cell: Cell, grown: Path, out: Path) -> None:
     Path(str(out) + ".trl", f"checkpoint-{STEPS}").rename(out)
 
 
+def lightning(cell: Cell, grown: Path, out: Path) -> None:
+    """Saves the module's state dict, which a .ckpt has too, in a pickle; its names begin with net."""
+    import torch
+    from lightning.pytorch import LightningModule, Trainer
+
+    from ckptgrow.training.lightning import FreezeCallback
+
+    model = load(cell, grown)
+    runner: Any = torch.compile(model, backend=backend(cell)) if compiled(cell) else model
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def training_step(self, tokens: Any, _: int) -> Any:
+            return runner(input_ids=tokens, labels=tokens).loss
+
+        def configure_optimizers(self) -> Any:
+            return adamw(cell, model)
+
+    ours = [] if cell.how in ("naive", "whole") else [FreezeCallback(how=cell.how)]  # type: ignore[arg-type]
+    if not ours:
+        by_hand(model, grown, hooks=cell.how == "naive")
+    module, micro = Module(), 2 if cell.way == "accumulation" else 1
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=STEPS,
+        precision="bf16-true" if cell.dtype == "bf16" else "32-true",
+        accumulate_grad_batches=micro,
+        gradient_clip_val=0.1 if cell.way == "clipping" else None,
+        callbacks=ours,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(batches(), batch_size=2))
+    save(module.state_dict(), out)
+
+
 def words() -> Any:
     """A tokenizer of 64 words, which TRL asks for."""
     from tokenizers import Tokenizer
@@ -376,6 +419,7 @@ RUNNERS: Mapping[str, Callable[[Cell, Path, Path], None]] = {
     "plain": plain,
     "hf": hf,
     "trl": trl,
+    "lightning": lightning,
     "ddp": ddp,
     "fsdp1": fsdp1,
     "fsdp2": fsdp2,
