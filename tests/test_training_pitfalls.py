@@ -281,13 +281,29 @@ def test_the_mean_of_frozen_runs(grown: Path, tmp_path: Path) -> None:
     assert (seen.exit_code, seen.cause) == (1, "averaging")
     assert seen.total("moved") > 0
     ckptgrow.audit(grown, out, repair=tmp_path / "repaired")
-    after = checkpoints.load(tmp_path / "repaired")
+    check_repaired(grown, mean, checkpoints.load(tmp_path / "repaired"))
+
+
+def test_decay_under_a_mask_by_hand(grown: Path, tmp_path: Path) -> None:
+    """Found, named with its factor, and put back to the bit; what was learned stays."""
+    model = masked_by_hand(grown)
+    steps(model, adamw(model))
+    learned = state(model)
+    seen = ckptgrow.audit(grown, saved(tmp_path / "trained", learned))
+    assert (seen.exit_code, seen.cause) == (1, "decay")
+    assert seen.factor == pytest.approx([(1 - 1e-3) ** 4] * 2, rel=1e-6)
+    ckptgrow.audit(grown, tmp_path / "trained", repair=tmp_path / "repaired")
+    check_repaired(grown, learned, checkpoints.load(tmp_path / "repaired"))
+
+
+def check_repaired(grown: Path, learned: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    """Frozen elements have the grown bits, the others the learned ones."""
     frozen, free, total = moved(checkpoints.load(grown), after, load_manifest(grown))
     assert (frozen, free) == (0, total)
     boxes = {tensor.name: tensor.boxes for tensor in load_manifest(grown).trainable}
     for name, found in boxes.items():
         place = tuple(slice(*span) for span in found[0])
-        assert torch.equal(after[name][place], mean[name][place])
+        assert torch.equal(after[name][place], learned[name][place])
 
 
 def test_moving_averages_of_a_split_model(grown: Path, tmp_path: Path) -> None:
