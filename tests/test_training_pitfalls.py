@@ -148,6 +148,19 @@ def test_schedule_free_averages(grown: Path, how: Any, monkeypatch: pytest.Monke
     assert not {"train", "eval"} & optimizer.__dict__.keys()
 
 
+def test_a_model_taken_apart_stops_its_own_steps_only(grown: Path) -> None:
+    """What FSDP1 does to a masked one. Another model beside it, which has nothing to do with it, goes on."""
+    model, other = Toy(grown), Toy(grown)
+    freeze(model, grown, "mask")
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module.register_parameter(name, nn.Parameter(parameter.detach().flatten()))
+    steps(other, adamw(other), 1)
+    with pytest.raises(FreezeError, match=r"taken apart since it was masked, to \[\d+\]"):
+        adamw(model).step()
+
+
 # ---------------------------------------------------------------- when the mask acts
 
 

@@ -129,6 +129,12 @@ class Handle(ABC):
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(self._before.get(name, parameter.requires_grad))
 
+    def concerns(self, optimizer: Optimizer) -> bool:
+        """Whether it may hold anything of this model. DeepSpeed's holds masters, which are no parameters."""
+        own = {id(parameter) for parameter in self.model.parameters()}
+        held = any(id(parameter) in own for parameter in _parameters(optimizer))
+        return held or any(has_masters(parameter) for parameter in self.trained().values())
+
     def before_first_step(self, optimizer: Optimizer) -> None:
         """Look at an optimizer once; gradients are there and nothing has moved yet.
 
@@ -169,7 +175,8 @@ def _watch_optimizers() -> RemovableHandle:
 
 def _first_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for handle in list(_LIVE):
-        handle.before_first_step(optimizer)
+        if handle.concerns(optimizer):
+            handle.before_first_step(optimizer)
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
