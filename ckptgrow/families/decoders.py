@@ -18,12 +18,14 @@ from ckptgrow.families.templates import (
     UP_DOWN,
     W123,
     alike,
+    keys,
 )
 
 _GPT: dict[str, Any] = {"width": "n_inner", "depth": "n_layer", "hidden": "n_embd"}
 _GELU_NEW: dict[str, Any] = {"activation": "activation_function", "default_activation": GELU_NEW}
 _TANH: dict[str, Any] = {"activation": "hidden_activation", "default_activation": TANH_GELU}
 _XIELU = tuple(f"act_fn.{name}" for name in ("alpha_n", "alpha_p", "beta", "eps"))  # one number a layer each
+_XGLM = ("num_layers", "d_model", "activation_function", GELU)
 _RELU2: dict[str, Any] = {"default_activation": "relu2"}
 
 DECODERS: tuple[Family, ...] = (
@@ -78,14 +80,7 @@ DECODERS: tuple[Family, ...] = (
     *alike("codegen gptj", Site(FC_IN, "h.{layer}.mlp", **_GPT, **_GELU_NEW), embedding="wte.weight"),
     *alike(
         "ctrl",
-        Site(
-            linear(up="0", down="2"),
-            "h.{layer}.ffn",
-            "dff",
-            depth="n_layer",
-            hidden="n_embd",
-            default_activation="relu",
-        ),
+        Site(linear(up="0", down="2"), "h.{layer}.ffn", "dff", **keys("n_layer", "n_embd", "", "relu")),
         embedding="w.weight",
     ),
     *alike(
@@ -105,19 +100,7 @@ DECODERS: tuple[Family, ...] = (
         "opt",
         Site(FC, "layers.{layer}", "ffn_dim", activation="activation_function", default_activation="relu", open=True),
     ),
-    *alike(
-        "xglm",
-        Site(
-            FC,
-            "layers.{layer}",
-            "ffn_dim",
-            depth="num_layers",
-            hidden="d_model",
-            activation="activation_function",
-            default_activation=GELU,
-            open=True,
-        ),
-    ),
+    *alike("xglm", Site(FC, "layers.{layer}", "ffn_dim", open=True, **keys(*_XGLM))),
     *alike(
         "rwkv",
         Site(linear(up="key", down="value"), "blocks.{layer}.feed_forward", default_activation="relu2", open=True),

@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from ckptgrow.families.form import Family, Part, Site, linear
-from ckptgrow.families.templates import DENSE, FC, GELU, GELU_NEW, GLU, SIGLIP, TANH_GELU, UP_DOWN, alike, halves
+from ckptgrow.families.templates import DENSE, FC, GELU, GELU_NEW, GLU, SIGLIP, TANH_GELU, UP_DOWN, alike, halves, keys
 
 _LAYER = Site(DENSE, "layer.{layer}", default_activation=GELU, open=True)
 _VIT = (_LAYER, Site(FC, "layers.{layer}.mlp", default_activation=GELU))
-_GELU = Site(FC, "layer.{layer}.mlp", default_activation=GELU)
 _RATIO: dict[str, Any] = {"width": "mlp_ratio", "rule": "per hidden", "default_activation": GELU}
+_DINO = "layer.{layer}.mlp"
+_SWIGLU = tuple(
+    Site(template, _DINO, "mlp_ratio", rule="swiglu", activation="")
+    for template in (linear(gate_up="weights_in", down="weights_out"), GLU)
+)
 _SPEECH = Site(
     linear(up="intermediate_dense", down="output_dense"), "layers.{layer}.feed_forward", default_activation=GELU
 )
+_DISTILBERT = ("n_layers", "dim", "activation", GELU)
+_XLNET = ("n_layer", "d_model", "ff_activation", GELU)
 _WI = linear(up="wi", down="wo")
 _GATED_WI = linear(gate="wi_0", up="wi_1", down="wo")
 _T5: dict[str, Any] = {
@@ -61,29 +67,12 @@ ENCODERS: tuple[Family, ...] = (
     ),
     *alike(
         "distilbert",
-        Site(
-            linear(up="lin1", down="lin2"),
-            "layer.{layer}.ffn",
-            "hidden_dim",
-            depth="n_layers",
-            hidden="dim",
-            activation="activation",
-            default_activation=GELU,
-        ),
+        Site(linear(up="lin1", down="lin2"), "layer.{layer}.ffn", "hidden_dim", **keys(*_DISTILBERT)),
         embedding="word_embeddings.weight",
     ),
     *alike(
         "xlnet",
-        Site(
-            linear(up="layer_1", down="layer_2"),
-            "layer.{layer}.ff",
-            "d_inner",
-            depth="n_layer",
-            hidden="d_model",
-            activation="ff_activation",
-            default_activation=GELU,
-            open=True,
-        ),
+        Site(linear(up="layer_1", down="layer_2"), "layer.{layer}.ff", "d_inner", open=True, **keys(*_XLNET)),
         embedding="word_embedding.weight",
     ),
     *alike(
@@ -100,29 +89,7 @@ ENCODERS: tuple[Family, ...] = (
     *alike(
         "nomic_bert", Site(linear(gate="fc12", up="fc11", down="fc2")), Site(GLU), embedding="word_embeddings.weight"
     ),
-    *alike(
-        "dinov2",
-        Site(FC, "layer.{layer}.mlp", **_RATIO),
-        Site(
-            linear(gate_up="weights_in", down="weights_out"),
-            "layer.{layer}.mlp",
-            "mlp_ratio",
-            rule="swiglu",
-            activation="",
-        ),
-        Site(GLU, "layer.{layer}.mlp", "mlp_ratio", rule="swiglu", activation=""),
-    ),
-    *alike(
-        "dinov2_with_registers",
-        Site(FC, "layer.{layer}.mlp", **_RATIO),
-        Site(
-            linear(gate_up="weights_in", down="weights_out"),
-            "layer.{layer}.mlp",
-            "mlp_ratio",
-            rule="swiglu",
-            activation="",
-        ),
-    ),
+    *alike("dinov2 dinov2_with_registers", Site(FC, _DINO, **_RATIO), *_SWIGLU),
     *alike(
         "dinov3_vit",
         Site(GLU, "layer.{layer}.mlp", default_activation=GELU),

@@ -18,7 +18,7 @@ from ckptgrow.errors import CkptgrowError, FamilyError, RequestError
 from ckptgrow.families.agree import Spot, check_together
 from ckptgrow.families.form import Family, Site, Slot
 from ckptgrow.families.found import Architecture, Group, Mlp, value_at
-from ckptgrow.families.storage import Storage, storage_of
+from ckptgrow.families.storage import Storage, refuse_signs, storage_of
 from ckptgrow.families.table import FAMILIES, REFUSED
 from ckptgrow.tensors import TensorInfo
 
@@ -41,7 +41,11 @@ def locate(
         return _all_towers(config, infos, family)
     sites = _sites(config, family, tower or family.towers[0])
     storage = storage_of(config, sites)
-    spots = _spots(family, sites, config, infos, storage)
+    try:
+        spots = _spots(family, sites, config, infos, storage)
+    except FamilyError:
+        refuse_signs(infos)
+        raise
     groups: dict[str, list[Mlp]] = defaultdict(list)
     for spot in spots:
         groups[spot.mlp.site.path].append(spot.mlp)
@@ -86,7 +90,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if model_type in REFUSED:
         raise FamilyError(f"model_type {model_type!r} cannot be grown: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
-        raise FamilyError(f"unknown model_type {model_type!r}", hint=f"Known: {', '.join(sorted(FAMILIES))}.")
+        raise FamilyError(
+            f"unknown model_type {model_type!r}",
+            hint="ckptgrow inspect --propose SRC writes a declaration from names and shapes, --family FILE takes one."
+            f" Known: {', '.join(sorted(FAMILIES))}.",
+        )
     return FAMILIES[model_type]
 
 

@@ -79,6 +79,6 @@ def storage_of(config: Mapping[str, Any], sites: Sequence[Site]) -> Storage | No
 def refuse_signs(infos: Mapping[str, TensorInfo]) -> None:
     """Raise FamilyError by the name of a tensor that only a quantised checkpoint has."""
     for name in infos:
-        ending = name.rpartition(".")[2]
-        if ending in _SIGNS and ".".join(name.split(".")[-2:]) != ending:
+        _, dot, ending = name.rpartition(".")
+        if dot and ending in _SIGNS:
             raise FamilyError(f"a tensor of a quantised layer ({_SIGNS[ending]})", tensor=name, hint=_WAY_OUT)

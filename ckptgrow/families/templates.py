@@ -26,6 +26,11 @@ GELU, TANH_GELU, GELU_NEW = "gelu", "gelu_pytorch_tanh", "gelu_new"
 SIGLIP = (Site(FC, default_activation=TANH_GELU), Site(FC, "head.mlp", default_activation=TANH_GELU))
 
 
+def keys(depth: str, hidden: str, activation: str, default: str) -> dict[str, Any]:
+    """The keys of a site that are not called as most are, and the activation where the config does not say it."""
+    return {"depth": depth, "hidden": hidden, "activation": activation, "default_activation": default}
+
+
 def alike(model_types: str, *sites: Site, **traps: Any) -> Iterator[Family]:
     """A family of these sites for each of the names, which stand between spaces."""
     for model_type in model_types.split():
