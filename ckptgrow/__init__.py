@@ -2,7 +2,7 @@
 
 The verbs of the command line, with the same words:
 
-    inspect(src)            what it is and whether it can grow
+    inspect(src)            what it is and whether it can grow; `propose` guesses what an unknown one is
     expand(src, out, ...)   grow it; `plan_expand` says what that would do
     verify(base, grown)     are they the same function?
     audit(grown, trained)   did training leave the frozen part alone?
@@ -42,18 +42,30 @@ if TYPE_CHECKING:
         mask,
         plan_expand,
         plan_fold,
+        propose,
         rank,
         revert,
         verify,
     )
     from ckptgrow.ranking import Ranking
-    from ckptgrow.results import Application, Expansion, Extraction, Folding, Inspection, Mask, Proposal, Verification
+    from ckptgrow.results import (
+        Application,
+        Declaration,
+        Expansion,
+        Extraction,
+        Folding,
+        Inspection,
+        Mask,
+        Proposal,
+        Verification,
+    )
     from ckptgrow.reversal import Reversion
 
 __all__ = [
     "Application",
     "Audit",
     "CkptgrowError",
+    "Declaration",
     "Expansion",
     "Extraction",
     "FamilyError",
@@ -79,6 +91,7 @@ __all__ = [
     "mask",
     "plan_expand",
     "plan_fold",
+    "propose",
     "rank",
     "revert",
     "verify",

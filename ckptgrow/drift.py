@@ -19,7 +19,7 @@ import numpy as np
 from ckptgrow.checkpoint import MANIFEST, Bits
 from ckptgrow.equivalence import Finding
 from ckptgrow.errors import FormatError
-from ckptgrow.families import FAMILIES
+from ckptgrow.families.declared import recalled
 from ckptgrow.manifest import Trainable, along
 from ckptgrow.matching import Matching, match, naming
 from ckptgrow.numeric import FLOATS, Floats, decode, rounded
@@ -137,7 +137,8 @@ class Job:
 def compare_names(reference: Reference, trained: Trained) -> Job:
     """Who is who. Raises CkptgrowError where the two do not belong together."""
     grown, manifest = reference.tensors, reference.manifest
-    named = FAMILIES.get(manifest.family), manifest.ties, manifest.trainable[0].name, manifest.in_memory_names
+    family = recalled(manifest.family, manifest.declaration)
+    named = family, manifest.ties, manifest.trainable[0].name, manifest.in_memory_names
     matching = match(naming(grown, reference.config, *named), trained)
     boxes = {tensor.name: tensor for tensor in manifest.trainable}
     pairs, findings = [], list(_misplaced(matching))

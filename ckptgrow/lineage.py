@@ -19,6 +19,7 @@ from ckptgrow import surgery
 from ckptgrow.checkpoint import CONFIG, MANIFEST, Bits, Checkpoint, ShardFile, digest_of
 from ckptgrow.errors import CkptgrowError, FormatError, RequestError
 from ckptgrow.families import Architecture, locate
+from ckptgrow.families.declared import recalled
 from ckptgrow.identity import Base
 from ckptgrow.manifest import Manifest, along, growth_of, load_manifest, named_in, previous, read_mask
 from ckptgrow.plan import Plan
@@ -62,7 +63,8 @@ def recall(manifest: Manifest, file: str) -> Past:
     """The growth that a manifest describes. Raises FormatError where it does not say enough, or contradicts itself."""
     try:
         base, growth = described(manifest.base), growth_of(manifest)
-        architecture = locate(base.config, base.infos, growth.tower).only(growth.experts)
+        family = recalled(manifest.family, manifest.declaration)
+        architecture = locate(base.config, base.infos, growth.tower, family).only(growth.experts)
         plan = surgery.expand(base.infos, architecture, growth)
         mask = read_mask(plan, base, architecture, growth)
     except CkptgrowError as error:

@@ -21,6 +21,7 @@ from ckptgrow.checkpoint import MANIFEST, Checkpoint, digest_of
 from ckptgrow.config import set_value
 from ckptgrow.errors import FormatError, RequestError
 from ckptgrow.families import Architecture, Mlp, in_memory_name, ties
+from ckptgrow.families.declared import outside
 from ckptgrow.identity import Base
 from ckptgrow.plan import Output, Plan
 from ckptgrow.policy import Box, boxes, kinds, rule_for
@@ -98,6 +99,7 @@ class Manifest:
     in_memory_names: Mapping[str, str]
     history: tuple[Mapping[str, Any], ...]
     layers: tuple[int, ...] | None = None  # the ones that grew; None: all
+    declaration: Mapping[str, Any] | None = None  # the family, where it is not one of the table
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -168,6 +170,7 @@ def describe(
         in_memory_names={disk: memory for disk, memory in renamed.items() if disk != memory},
         history=history(base),
         layers=growth.layers,
+        declaration=outside(family),
     )
 
 

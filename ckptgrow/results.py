@@ -48,6 +48,19 @@ class Inspection:
 
 
 @dataclass(frozen=True, slots=True)
+class Declaration:
+    """A guess of what an unknown architecture is, in the words of `--family`; `problem`: why it does not hold yet."""
+
+    source: str
+    declaration: Mapping[str, Any]
+    notes: tuple[str, ...]
+    problem: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
 class Proposal:
     """What `expand` is going to do; nothing is written yet. Sizes in bytes, counts in elements."""
 

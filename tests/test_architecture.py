@@ -28,7 +28,8 @@ PURE = ["errors", "version", "tensors", "layers", "plan", "policy"]
 PURE += [
     f"families.{room}" for room in ("form", "templates", "decoders", "mixtures", "encoders", "multimodal", "table")
 ]
-PURE += ["families.found", "families.storage", "families.agree", "families.locate", "families"]
+PURE += ["families.declared", "families.propose", "families.found", "families.storage", "families.agree"]
+PURE += ["families.locate", "families"]
 PURE += ["surgery", "layout", "proof", "config"]
 ORDER = [
     *PURE,
@@ -83,6 +84,7 @@ ORDER = [
     "lossy",
     "hub",
     "progress",
+    "operations.declaring",
     "operations.growing",
     "operations.auditing",
     "operations.masking",

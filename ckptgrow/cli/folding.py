@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ckptgrow.cli.group import as_json, bars, json_of, main, quiet
+from ckptgrow.cli.group import as_json, bars, from_file, json_of, main, quiet
 
 
 @main.command()
@@ -24,6 +24,7 @@ from ckptgrow.cli.group import as_json, bars, json_of, main, quiet
 @click.option("--max-error", type=float, metavar="E", help="With --lossy: write nothing where an MLP is off by more.")
 @click.option("--plan", is_flag=True, help="Say what would happen and write nothing; with --json the whole Plan.")
 @click.option("--force", is_flag=True, help="Replace an existing OUT, only after the new one is complete.")
+@from_file
 @as_json
 @quiet
 def fold(trained: str, out: str, plan: bool, force: bool, as_json: bool, quiet: bool, **wish: Any) -> None:

@@ -48,6 +48,9 @@ class Group(click.Group):
         ctx.exit(2)
 
 
+from_file = click.option(
+    "--family", metavar="FILE", help="Take the architecture from this declaration in JSON; see inspect --propose."
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, and no text but errors.")
 

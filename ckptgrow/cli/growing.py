@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ckptgrow.cli.group import as_json, bars, json_of, main, quiet
+from ckptgrow.cli.group import as_json, bars, from_file, json_of, main, quiet
 from ckptgrow.policy import POLICIES, SHARE_CHOICES
 from ckptgrow.surgery import UNEVEN_CHOICES
 
@@ -18,16 +18,23 @@ in_tower = click.option(
 @main.command()
 @click.argument("src")
 @in_tower
+@from_file
+@click.option("--propose", is_flag=True, help="Print a declaration for --family, guessed from names and shapes.")
 @as_json
-def inspect(src: str, tower: str | None, as_json: bool) -> None:
+def inspect(src: str, tower: str | None, family: str | None, propose: bool, as_json: bool) -> None:
     """Say what SRC is: its MLPs and their widths, dtypes, size, what can grow and why not.
 
     Reads headers only; a Hub id is not downloaded.
     """
     from ckptgrow import operations, report
 
-    seen = operations.inspect(src, tower=tower)
+    if propose:
+        guess = operations.propose(src)
+        click.echo(report.declaration(guess), err=True)
+        return click.echo(json_of(guess) if as_json else report.declared(guess))
+    seen = operations.inspect(src, tower=tower, family=family)
     click.echo(json_of(seen) if as_json else report.inspection(seen))
+    return None
 
 
 @main.command()
@@ -71,6 +78,7 @@ def inspect(src: str, tower: str | None, as_json: bool) -> None:
     metavar="all|shared|LIST",
     help="Which experts grow; shared: only what every token passes. One config key can only grow whole.",
 )
+@from_file
 @click.option("--plan", is_flag=True, help="Say what would happen and write nothing; with --json the whole Plan.")
 @click.option("--force", is_flag=True, help="Replace an existing OUT, only after the new one is complete.")
 @click.option("--resume", is_flag=True, help="Go on from the finished shards of a killed run.")
@@ -116,10 +124,11 @@ def expand(
 @main.command()
 @click.argument("base")
 @click.argument("out")
+@from_file
 @click.option("--logits", metavar="TEXTFILE", help="Also run both models on this text (needs transformers).")
 @as_json
 @quiet
-def verify(base: str, out: str, logits: str | None, as_json: bool, quiet: bool) -> None:
+def verify(base: str, out: str, logits: str | None, family: str | None, as_json: bool, quiet: bool) -> None:
     """Say whether OUT is the same function as BASE, from the bytes of both.
 
     untouched: every tensor outside the MLPs is byte-identical. proved: each new unit copies a base unit bit for bit
@@ -130,7 +139,9 @@ def verify(base: str, out: str, logits: str | None, as_json: bool, quiet: bool) 
     from ckptgrow import operations, report
 
     with bars(quiet) as progress:
-        result = operations.verify(base, out, logits=logits, progress=progress, bars=progress is not None)
+        result = operations.verify(
+            base, out, logits=logits, family=family, progress=progress, bars=progress is not None
+        )
     if as_json or not quiet:
         click.echo(json_of(result) if as_json else report.verification(result))
     raise click.exceptions.Exit(result.exit_code)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ckptgrow.cli.group import as_json, bars, json_of, main, quiet
+from ckptgrow.cli.group import as_json, bars, from_file, json_of, main, quiet
 
 
 @main.command()
@@ -15,6 +15,7 @@ from ckptgrow.cli.group import as_json, bars, json_of, main, quiet
 @click.option("--top", type=int, metavar="N", help="How many layers to grow.  [default: 10 of 26, as the paper]")
 @click.option("--out", metavar="FILE", help="Write the ranking as JSON for expand --layers @FILE.")
 @click.option("--plot", metavar="FILE", help="Draw it as .png or .svg (needs the extra plot: matplotlib).")
+@from_file
 @as_json
 @quiet
 def rank(base: str, tuned: str, as_json: bool, quiet: bool, **options: Any) -> None:

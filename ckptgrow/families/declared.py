@@ -17,6 +17,7 @@ from typing import Any
 
 from ckptgrow.errors import FamilyError, FormatError
 from ckptgrow.families.form import Family, Site, Slot, Template
+from ckptgrow.families.table import FAMILIES
 
 _LANES = frozenset({"gate", "up", "down", "norm", "gate_up", "up_gate"})
 _RULES = ("units", "twice", "per hidden", "swiglu")
@@ -106,6 +107,16 @@ def _value(name: str, value: Any, default: Any, where: str) -> Any:
     elif type(value) is type(default):
         return value
     raise FamilyError(f"{where}{name} is {value!r}, not of the kind of {default!r}")
+
+
+def recalled(model_type: str, told: Mapping[str, Any] | None) -> Family | None:
+    """The family that a manifest names: the table's, or the one that it carries itself."""
+    return FAMILIES.get(model_type) if told is None else from_json(told)
+
+
+def outside(family: Family) -> dict[str, Any] | None:
+    """What a manifest must carry of a family so that it is known again: nothing of those in the table."""
+    return None if FAMILIES.get(family.model_type) == family else to_json(family)
 
 
 def check(family: Family) -> None:

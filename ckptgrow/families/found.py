@@ -75,11 +75,11 @@ _WIDTHS: Mapping[Rule, Callable[[Any, int], float]] = {
 
 
 def _ratio(width: int, hidden: int, present: Any) -> Any:
-    """The ratio of a width to the hidden size, a whole number where the config has one."""
+    """The ratio of a width to the hidden size, of the kind that the config has: loaders may take no other."""
     exact = Fraction(width, hidden)
-    if exact.denominator == 1 and not isinstance(present, float):
-        return exact.numerator
-    return float(exact)
+    if isinstance(present, float) or (present is None and exact.denominator > 1):
+        return float(exact)
+    return exact.numerator // exact.denominator
 
 
 # rule -> the value that says a width, in the type of the present value

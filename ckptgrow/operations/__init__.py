@@ -9,10 +9,13 @@ One module a group of verbs; what a verb refuses is a CkptgrowError, and then no
 """
 
 from ckptgrow.operations.auditing import audit
+from ckptgrow.operations.declaring import propose
 from ckptgrow.operations.folding import fold, plan_fold
 from ckptgrow.operations.growing import expand, inspect, plan_expand, verify
 from ckptgrow.operations.masking import mask
 from ckptgrow.operations.ranking import rank
+from ckptgrow.operations.reverting import revert
+from ckptgrow.operations.skills import apply, extract
 
 __all__ = [
     "apply",
@@ -24,9 +27,8 @@ __all__ = [
     "mask",
     "plan_expand",
     "plan_fold",
+    "propose",
     "rank",
     "revert",
     "verify",
 ]
-from ckptgrow.operations.reverting import revert
-from ckptgrow.operations.skills import apply, extract

@@ -18,11 +18,12 @@ from ckptgrow.config import set_value
 from ckptgrow.equivalence import Answer, proved, untouched
 from ckptgrow.errors import PlanError, RequestError
 from ckptgrow.execute import write_shards
-from ckptgrow.families import Architecture, Mlp, locate
+from ckptgrow.families import Architecture, Family, Mlp, locate
 from ckptgrow.folding import FLOAT32, TRAINED, Hints, hints_of
 from ckptgrow.hub import Origin, fetch
 from ckptgrow.layout import INDEX, Layout, lay
 from ckptgrow.manifest import CONFIG_KEY, Manifest
+from ckptgrow.operations.declaring import declaration
 from ckptgrow.plan import Plan
 from ckptgrow.progress import Meter, Progress, silent
 from ckptgrow.redundancy import DEAD, Redundancy, find
@@ -47,6 +48,7 @@ def plan_fold(
     atol: float = 0.0,
     lossy: bool = False,
     max_error: float | None = None,
+    family: Source | None = None,
     progress: Progress | None = None,
     bars: bool = False,
 ) -> Folding:
@@ -56,7 +58,7 @@ def plan_fold(
     """
     if lossy:
         raise RequestError("the error of a lossy fold is measured on what was written: it has no --plan")
-    wish = _Wish(width, partial, dtype, atol, lossy, max_error)
+    wish = _Wish(width, partial, dtype, atol, lossy, max_error, declaration(family))
     return _prepare(fetch(trained, progress=bars), Path(out), wish, progress or silent).told
 
 
@@ -70,6 +72,7 @@ def fold(
     atol: float = 0.0,
     lossy: bool = False,
     max_error: float | None = None,
+    family: Source | None = None,
     force: bool = False,
     progress: Progress | None = None,
     bars: bool = False,
@@ -89,7 +92,8 @@ def fold(
     origin, report, target = fetch(trained, progress=bars), progress or silent, Path(out).resolve()
     check_apart(target, origin.folder)
     check_target(Path(out), force=force)
-    job = _prepare(origin, Path(out), _Wish(width, partial, dtype, atol, lossy, max_error), report)
+    wish = _Wish(width, partial, dtype, atol, lossy, max_error, declaration(family))
+    job = _prepare(origin, Path(out), wish, report)
     if job.layout is None or job.told.plan is None:
         return replace(job.told, planned=False)
     check_space(target, job.told.bytes_to_write)
@@ -119,6 +123,7 @@ class _Wish:
     atol: float = 0.0
     lossy: bool = False
     max_error: float | None = None
+    family: Family | None = None
 
     def check(self, old: int) -> None:
         if self.width is not None and self.partial:
@@ -165,7 +170,7 @@ class _Job:
 def _prepare(origin: Origin, out: Path, wish: _Wish, report: Progress) -> _Job:
     """Everything but the writing: what is redundant, what that allows, and the Plan of it."""
     trained = open_checkpoint(origin.folder)
-    architecture = locate(trained.config, trained.infos)
+    architecture = locate(trained.config, trained.infos, family=wish.family)
     architecture.check_plain("fold")
     wish.check(architecture.width)
     hints = hints_of(trained, architecture)
@@ -345,14 +350,14 @@ def _measured(job: _Job, staging: Staging, report: Progress) -> tuple[Off, ...]:
     if job.layout is not None and job.layout.index is not None:
         staging.put(INDEX, job.layout.index)
     written = open_checkpoint(staging.folder)
-    architecture = locate(written.config, written.infos)
+    architecture = locate(written.config, written.infos, family=job.architecture.family)
     nbytes = _mlp_bytes(job.trained, job.architecture) + _mlp_bytes(written, architecture)
     return measured(written, job.trained, architecture, job.architecture, Meter(report, "measuring", nbytes))
 
 
 def _answers(job: _Job, written: Checkpoint, report: Progress) -> Iterator[Answer]:
     """The trained one is a growth of the folded one where only columns were added; else its gates lead to the same."""
-    trained, architecture = job.trained, locate(written.config, written.infos)
+    trained, architecture = job.trained, locate(written.config, written.infos, family=job.architecture.family)
     inside = _mlp_bytes(trained, job.architecture) + _mlp_bytes(written, architecture)
     outside = trained.tensor_bytes + written.tensor_bytes - inside
     yield untouched(written, trained, architecture, Meter(report, "comparing", outside))

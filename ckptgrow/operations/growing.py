@@ -14,12 +14,13 @@ from ckptgrow.card import card, licence
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, open_checkpoint
 from ckptgrow.errors import FamilyError, FormatError, PlanError
 from ckptgrow.execute import write_shards
-from ckptgrow.families import EVERY, Architecture, locate, ties
+from ckptgrow.families import EVERY, Architecture, Family, locate, ties
 from ckptgrow.hub import Origin, fetch, preview
 from ckptgrow.identity import identify
 from ckptgrow.layers import chosen, ranked
 from ckptgrow.layout import INDEX, Layout, lay
 from ckptgrow.manifest import Grown, Manifest, describe, grown_config, history, read_mask
+from ckptgrow.operations.declaring import declaration
 from ckptgrow.policy import ShareChoice, said
 from ckptgrow.progress import Meter, Progress, silent
 from ckptgrow.proof import prove, prove_marks
@@ -32,17 +33,17 @@ Source = str | Path
 Layers = str | Iterable[int] | None
 
 
-def inspect(src: Source, *, tower: str | None = None) -> Inspection:
+def inspect(src: Source, *, tower: str | None = None, family: Source | None = None) -> Inspection:
     """What `src` (a folder or `org/name[@revision]`) is and whether it can grow. Reads headers only.
 
-    `tower` chooses one of a model of several, by default its first: the text model.
-
-    Raises CkptgrowError where there is no readable checkpoint.
+    `tower` chooses one of a model of several, by default its first: the text model; `family` is a file that declares
+    an architecture which the table does not have. Raises CkptgrowError where there is no readable checkpoint.
     """
+    given = declaration(family)
     origin, base = _peek(src)
     architecture, reason, grown_before = None, None, 0
     try:
-        architecture = locate(base.config, base.infos, tower)
+        architecture = locate(base.config, base.infos, tower, given)
         grown_before = len(history(base))
     except (FamilyError, FormatError) as error:
         reason = str(error)
@@ -63,6 +64,7 @@ def plan_expand(
     uneven: Uneven = "uniform",
     tower: str | None = None,
     experts: str = "all",
+    family: Source | None = None,
 ) -> Proposal:
     """What `expand` would do with the same options, for `--plan`: reads headers only and writes nothing.
 
@@ -71,7 +73,7 @@ def plan_expand(
     """
     origin, base = _peek(src)
     growth = Growth(factor, width, multiple_of, policy, shares, seed, _layers(layers), uneven, tower, experts)
-    return _prepare(origin, base, Path(out), growth).proposal
+    return _prepare(origin, base, Path(out), growth, declaration(family)).proposal
 
 
 def expand(
@@ -88,6 +90,7 @@ def expand(
     uneven: Uneven = "uniform",
     tower: str | None = None,
     experts: str = "all",
+    family: Source | None = None,
     force: bool = False,
     resume: bool = False,
     verify: bool = True,
@@ -97,22 +100,20 @@ def expand(
     """Grow the MLPs of `src` (a folder or `org/name[@revision]`) into the new folder `out`, the same function.
 
     `factor` (2 if neither is given) or `width` says how wide; `policy` what will train (METHOD.md 4); `shares` and
-    `seed` how each column of down is shared out among the copies of its unit (METHOD.md 2, 3). `layers` names the
-    layers that grow ("3-11,20", "@ranking.json", or numbers), the others being filled up or, by `uneven`, kept as they
-    are (METHOD.md 7); `tower` one of several (by default the text model); `experts` all, shared, or the numbers of all.
+    `seed` how each column of down is shared out (METHOD.md 2, 3). `layers` names the layers that grow ("3-11,20",
+    "@ranking.json", or numbers), the others being filled up or, by `uneven`, kept as they are (METHOD.md 7); `tower`
+    one of several (else the text model); `experts` is all, shared, or the numbers of all; `family` a declaration.
     `force` replaces an existing `out` once the new one is complete; `resume` goes on from a killed run; `verify` proves
-    what was written; `bars` lets huggingface_hub draw its own. Raises CkptgrowError, and then nothing is left on disk.
+    what was written; `bars` lets huggingface_hub draw its own. Raises CkptgrowError, and leaves nothing on disk.
     """
     growth = Growth(factor, width, multiple_of, policy, shares, seed, _layers(layers), uneven, tower, experts)
-    report, seen = progress or silent, preview(src)
-    target = Path(out).resolve()
-    check_apart(target, seen.origin.folder)
-    check_target(Path(out), force=force)
-    job = _prepare(seen.origin, open_checkpoint(seen.origin.folder, seen.headers), Path(out), growth)
+    given, report, seen = declaration(family), progress or silent, preview(src)
+    target = _target(Path(out), seen.origin, force)
+    job = _prepare(seen.origin, open_checkpoint(seen.origin.folder, seen.headers), Path(out), growth, given)
     check_space(target, job.proposal.bytes_to_write)
     if seen.headers:  # all that can be refused has been: now the weights
         origin = fetch(src, progress=bars)
-        job = _prepare(origin, open_checkpoint(origin.folder), Path(out), growth)
+        job = _prepare(origin, open_checkpoint(origin.folder), Path(out), growth, given)
     with Staging(target, job.identity, force=force, resume=resume) as staging:
         inexact = write_shards(
             job.layout,
@@ -131,6 +132,7 @@ def verify(
     grown: Source,
     *,
     logits: Source | None = None,
+    family: Source | None = None,
     progress: Progress | None = None,
     bars: bool = False,
 ) -> Verification:
@@ -144,7 +146,7 @@ def verify(
     report = progress or silent
     mine, its = fetch(base, progress=bars), fetch(grown, progress=bars)
     one, other = open_checkpoint(mine.folder), open_checkpoint(its.folder)
-    architecture = locate(one.config, one.infos, EVERY)
+    architecture = locate(one.config, one.infos, EVERY, declaration(family))
     answers = list(_answers(one, other, architecture, report))
     if answers[-1].findings:
         answers.append(equivalence.Answer("probed", "not run", "the MLPs are not the same on their weights"))
@@ -232,9 +234,9 @@ def _layers(asked: Layers) -> tuple[int, ...] | None:
         raise FormatError(f"it cannot be read ({error.strerror})", file=asked[1:]) from None
 
 
-def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth) -> _Job:
+def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth, family: Family | None) -> _Job:
     """Everything that can be known, and refused, before the first byte is written."""
-    architecture = locate(base.config, base.infos, growth.tower).only(growth.experts)
+    architecture = locate(base.config, base.infos, growth.tower, family).only(growth.experts)
     history(base)
     plan = surgery.expand(base.infos, architecture, growth)
     prove(plan, base.infos, architecture)
@@ -286,6 +288,13 @@ def _said(architecture: Architecture, growth: Growth) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------- writing
+
+
+def _target(out: Path, origin: Origin, force: bool) -> Path:
+    """Where the result goes. Raises OutputError where it cannot."""
+    check_apart(out.resolve(), origin.folder)
+    check_target(out, force=force)
+    return out.resolve()
 
 
 def _write_rest(job: _Job, staging: Staging, inexact: int) -> Manifest:

@@ -10,6 +10,7 @@ from ckptgrow.checkpoint import open_checkpoint
 from ckptgrow.errors import OutputError
 from ckptgrow.families import locate
 from ckptgrow.hub import fetch
+from ckptgrow.operations.declaring import declaration
 from ckptgrow.plot import check_plot, drawn
 from ckptgrow.progress import Meter, Progress, silent
 from ckptgrow.ranking import Ranking, comparison, ranking
@@ -25,6 +26,7 @@ def rank(
     top: int | None = None,
     out: Source | None = None,
     plot: Source | None = None,
+    family: Source | None = None,
     progress: Progress | None = None,
     bars: bool = False,
 ) -> Ranking:
@@ -41,7 +43,8 @@ def rank(
     if plot is not None:
         check_plot(Path(plot))
     one = open_checkpoint(fetch(base, progress=bars).folder)
-    job = comparison(one, locate(one.config, one.infos), open_trained(fetch(tuned, progress=bars).folder))
+    architecture = locate(one.config, one.infos, family=declaration(family))
+    job = comparison(one, architecture, open_trained(fetch(tuned, progress=bars).folder))
     found = ranking(job, top, Meter(progress or silent, "ranking", job.nbytes))
     data = [json.dumps(found.to_json(), indent=2).encode() + b"\n"] if out is not None else []
     data += [drawn(found, Path(plot).suffix.lower())] if plot is not None else []

@@ -2,7 +2,7 @@
 
 from ckptgrow.report.auditing import audit
 from ckptgrow.report.folding import folding
-from ckptgrow.report.growing import expansion, inspection, proposal, verification
+from ckptgrow.report.growing import declaration, declared, expansion, inspection, proposal, verification
 from ckptgrow.report.lines import size
 from ckptgrow.report.masking import mask
 from ckptgrow.report.ranking import ranking
@@ -10,6 +10,8 @@ from ckptgrow.report.ranking import ranking
 __all__ = [
     "application",
     "audit",
+    "declaration",
+    "declared",
     "expansion",
     "extraction",
     "folding",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 
 from ckptgrow.equivalence import Answer
 from ckptgrow.layers import named
 from ckptgrow.report.lines import row, size, widths
-from ckptgrow.results import Expansion, Inspection, Proposal, Verification
+from ckptgrow.results import Declaration, Expansion, Inspection, Proposal, Verification
 
 _VERDICTS = {0: "the same function", 1: "NOT the same function", 2: "cannot tell"}
 
@@ -33,6 +34,18 @@ def verification(result: Verification) -> str:
     skipped = [answer.name for answer in result.answers if answer.verdict == "not run"]
     how = f" (proved on the weights, {' and '.join(skipped)} not run)" if skipped and result.same else ""
     return "\n".join([*lines, f"{result.grown}: {_VERDICTS[result.exit_code]}{how}"])
+
+
+def declared(guess: Declaration) -> str:
+    """The declaration as the file that `--family` takes."""
+    return json.dumps(guess.declaration, indent=2)
+
+
+def declaration(guess: Declaration) -> str:
+    """What `ckptgrow inspect --propose` says beside the declaration: what it was guessed from, and whether it holds."""
+    lines = [row("guess", note) for note in guess.notes]
+    held = f"not yet: {guess.problem}" if guess.problem else "yes: every tensor it names is there and fits"
+    return "\n".join([*lines, row("holds", held), "Read it before you use it: expand --family FILE."])
 
 
 def _inspection(seen: Inspection) -> Iterator[str]:
