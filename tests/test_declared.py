@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +211,13 @@ def test_nothing_to_propose() -> None:
         propose({"model_type": "x", "hidden_size": 4}, infos)
     with pytest.raises(FamilyError, match="has no model_type"):
         propose({}, infos)
+
+
+def test_the_readme_shows_a_declaration() -> None:
+    """The example in the README is the newcomer of these tests, but for the biases."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (shown,) = re.findall(r'```json\n(\{"model_type".*?)\n```', text, re.DOTALL)
+    site = from_json(json.loads(shown)).sites[0]
+    known = NEWCOMER.sites[0]
+    assert (site.stem, site.path, site.depth, site.hidden) == (known.stem, known.path, known.depth, known.hidden)
+    assert site.template.slots == tuple(slot for slot in known.template.slots if not slot.bias)
