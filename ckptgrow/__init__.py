@@ -12,6 +12,7 @@ The verbs of the command line, with the same words:
     revert(grown, out)      the base back, byte for byte
     extract(trained, skill) what training learned, and nothing else
     apply(base, skill, out) the trained checkpoint from base and skill
+    merge(base, skills, out) several skills in one model
 
 Names are imported when they are first used, so that `ckptgrow --help` starts at once.
 """
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         fold,
         inspect,
         mask,
+        merge,
         plan_expand,
         plan_fold,
         propose,
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
         Folding,
         Inspection,
         Mask,
+        Merging,
         Proposal,
         Verification,
     )
@@ -74,6 +77,7 @@ __all__ = [
     "HubError",
     "Inspection",
     "Mask",
+    "Merging",
     "OutputError",
     "PlanError",
     "Proposal",
@@ -89,6 +93,7 @@ __all__ = [
     "fold",
     "inspect",
     "mask",
+    "merge",
     "plan_expand",
     "plan_fold",
     "propose",

@@ -148,6 +148,18 @@ def applied_card(manifest: Manifest, licence_lines: tuple[str, ...]) -> str:
     return "\n".join([*front, "", f"# {manifest.base.id}, grown and trained", "", told, ""])
 
 
+def merged_card(manifest: Manifest, licence_lines: tuple[str, ...]) -> str:
+    """The whole text of a merged checkpoint's card."""
+    told = (
+        f"This is `{manifest.base.id}` with {len(manifest.skills)} skills that grew from it, merged by"
+        " [ckptgrow](https://pypi.org/project/ckptgrow/): each MLP is, as a function, the base's and"
+        " Σ λ·(skill - base) on the same input. Layers add up one after the other, so as a whole it is no such sum."
+    )
+    used = [f"- {skill['policy']}, λ = {skill['weight']:g}, growth `{skill['manifest']}`" for skill in manifest.skills]
+    front = _plain_front(manifest, "merged", licence_lines)
+    return "\n".join([*front, "", f"# {manifest.base.id}, {len(used)} skills merged", "", told, "", *used, ""])
+
+
 def _plain_front(manifest: Manifest, kind: str, licence_lines: tuple[str, ...]) -> Iterator[str]:
     yield "---"
     if manifest.base.revision is not None and _HUB_ID.fullmatch(manifest.base.id):

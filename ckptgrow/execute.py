@@ -263,6 +263,11 @@ class Piece:
         whole = self.source.bits(self.term.name).reshape(self._shape())
         return self._pick(whole[self.rows.start : self.rows.stop])
 
+    def shared(self) -> Bits:
+        """The bits, or the share of them that the term asks for."""
+        share = self.term.share
+        return share_of(self.bits(), self.dtype, share, self.draw) if share else self.bits()
+
     def check(self, bits: Bits) -> int:
         """The number of weights with an inexact half. Raises FormatError for weights that are not finite."""
         broken, odd = census(bits, self.dtype)

@@ -60,7 +60,16 @@ class Told:
 
 
 def recall(manifest: Manifest, file: str) -> Past:
-    """The growth that a manifest describes. Raises FormatError where it does not say enough, or contradicts itself."""
+    """The growth that a manifest describes.
+
+    Raises RequestError where it is no growth, FormatError where it does not say enough, or contradicts itself.
+    """
+    if manifest.operation != "expand":
+        raise RequestError(
+            f"it is of a {manifest.operation}, which is no growth of one base that could be made again or undone",
+            file=file,
+            hint=f"The base is {manifest.base.id}.",
+        )
     try:
         base, growth = described(manifest.base), growth_of(manifest)
         family = recalled(manifest.family, manifest.declaration)

@@ -100,6 +100,7 @@ class Manifest:
     history: tuple[Mapping[str, Any], ...]
     layers: tuple[int, ...] | None = None  # the ones that grew; None: all
     declaration: Mapping[str, Any] | None = None  # the family, where it is not one of the table
+    skills: tuple[Mapping[str, Any], ...] = ()  # of a merge: each skill's manifest, policy and weight
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -294,6 +295,7 @@ def _typed(described: dict[str, Any]) -> Manifest:
     typed = {"base": Base(**described["base"]), "counts": Counts(**described["counts"])}
     typed |= {"growth": {k: tuple(v) if isinstance(v, list) else v for k, v in described["growth"].items()}}
     typed |= {"blocks": tuple(copied), "trainable": tuple(trainable), "history": tuple(described["history"])}
+    typed |= {"skills": tuple(described.get("skills", ()))}
     typed |= {"layers": tuple(described["layers"])} if described.get("layers") else {}
     return Manifest(**{**described, **typed})
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ckptgrow.checkpoint import Checkpoint
+from ckptgrow.checkpoint import Checkpoint, Tensors
 from ckptgrow.equivalence import Answer, Finding, Progress
 from ckptgrow.families import SCALES, Architecture, Mlp, Slot, value_at
 from ckptgrow.numeric import decode
@@ -47,7 +47,7 @@ def probed(base: Checkpoint, grown: Checkpoint, architecture: Architecture, prog
         if name not in ACTIVATIONS:
             return Answer("probed", "not run", f"the activation {name!r} is not known here")
         for expert in range(mlp.experts) if mlp.experts > 1 else (None,):
-            inputs, count = _inputs(mlp, mlp.hidden), count + 1
+            inputs, count = random_inputs(mlp, mlp.hidden), count + 1
             expected, got = (forward(c, mlp, ACTIVATIONS[name], inputs, progress, expert) for c in (base, grown))
             if not bool(expected.isfinite().all()):
                 return Answer("probed", "not run", f"{mlp.block} of the base overflows float32 on random inputs")
@@ -65,28 +65,31 @@ def activation_name(config: Mapping[str, Any], mlp: Mlp) -> str:
     return name if isinstance(name, str) else mlp.site.default_activation
 
 
-def _inputs(mlp: Mlp, size: int) -> Tensor:
+def random_inputs(mlp: Mlp, size: int) -> Tensor:
     """[8, size], each of unit mean square, different for each layer."""
     generator = torch.Generator().manual_seed(mlp.layer)
     return torch.randn(INPUTS, size, generator=generator)
 
 
 def forward(
-    checkpoint: Checkpoint,
+    checkpoint: Tensors,
     mlp: Mlp,
     activation: Callable[[Tensor], Tensor],
     inputs: Tensor,
     progress: Progress,
     expert: int | None = None,
 ) -> Tensor:
-    """The output of the MLP, or of one expert, without the bias of down, which growth leaves alone: [n, hidden]."""
+    """The output of the MLP, or of one expert, without the bias of down, which growth leaves alone: [n, hidden].
+
+    Computed in the dtype of the inputs.
+    """
     hidden = activated(activation, answers(checkpoint, mlp, inputs, progress, expert))
     down = next(name for name, slot in mlp.tensors.items() if slot.lanes[0] == "down" and slot.block == 1)
-    return _Weights(checkpoint, mlp, down, expert).applied(hidden)
+    return _Weights(checkpoint, mlp, down, expert, inputs.dtype).applied(hidden)
 
 
 def answers(
-    checkpoint: Checkpoint, mlp: Mlp, inputs: Tensor, progress: Progress, expert: int | None = None
+    checkpoint: Tensors, mlp: Mlp, inputs: Tensor, progress: Progress, expert: int | None = None
 ) -> dict[str, Tensor]:
     """What gate and up say to the inputs [n, hidden], biases included: [n, units] each; the weight of a norm, [units].
 
@@ -95,8 +98,8 @@ def answers(
     lanes: dict[str, Tensor] = {}
     for name, slot in mlp.tensors.items():
         if slot.lanes[0] != "down" and slot.block == 1:
-            weights = _Weights(checkpoint, mlp, name, expert)
-            given = _inputs(mlp, weights.other) if slot.extra else inputs
+            weights = _Weights(checkpoint, mlp, name, expert, inputs.dtype)
+            given = random_inputs(mlp, weights.other).to(inputs.dtype) if slot.extra else inputs
             for lane, piece in _lanes(slot, weights.vector() if slot.vector else weights.applied(given)):
                 lanes[lane] = lanes[lane] + piece if lane in lanes else piece
         progress(checkpoint.infos[name].nbytes // mlp.experts)
@@ -124,7 +127,8 @@ def _lanes(slot: Slot, made: Tensor) -> Iterator[tuple[str, Tensor]]:
 class _Weights:
     """One matrix or vector of an MLP or of one of its experts, decoded some rows at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, mlp: Mlp, name: str, expert: int | None) -> None:
+    def __init__(self, checkpoint: Tensors, mlp: Mlp, name: str, expert: int | None, computed: torch.dtype) -> None:
+        self.computed = computed
         slot, info = mlp.tensors[name], checkpoint.infos[name]
         self.dtype, self.bits, self.axis = info.dtype, checkpoint.bits(name), slot.axis - int(slot.stacked)
         if slot.flat:
@@ -135,7 +139,7 @@ class _Weights:
         if slot.coded:
             scales = checkpoint.bits(name + SCALES)
             picked = scales[expert or 0] if slot.stacked else scales
-            self.scales = torch.from_numpy(decode(picked, checkpoint.infos[name + SCALES].dtype)).float()
+            self.scales = torch.from_numpy(decode(picked, checkpoint.infos[name + SCALES].dtype)).to(self.computed)
             self.block = mlp.tensors[name + SCALES].block
         self.down = slot.lanes[0] == "down"
 
@@ -145,14 +149,14 @@ class _Weights:
         return int(self.bits.shape[1 - self.axis])
 
     def vector(self) -> Tensor:
-        return torch.from_numpy(decode(np.ascontiguousarray(self.bits), self.dtype)).float()
+        return torch.from_numpy(decode(np.ascontiguousarray(self.bits), self.dtype)).to(self.computed)
 
     def applied(self, inputs: Tensor) -> Tensor:
         """inputs [n, a] contracted with the axis of inputs: that of units for down, the other one else."""
         axis = self.axis if self.down else 1 - self.axis
         rows, columns = self.bits.shape
         step = max(1, BLOCK_ELEMENTS // max(1, columns))
-        result = torch.zeros(inputs.shape[0], self.bits.shape[1 - axis])
+        result = torch.zeros(inputs.shape[0], self.bits.shape[1 - axis], dtype=self.computed)
         for row in range(0, rows, step):
             matrix = self._matrix(row, min(row + step, rows))
             if axis == 1:
@@ -162,7 +166,7 @@ class _Weights:
         return result
 
     def _matrix(self, first: int, last: int) -> Tensor:
-        matrix = torch.from_numpy(decode(np.ascontiguousarray(self.bits[first:last]), self.dtype)).float()
+        matrix = torch.from_numpy(decode(np.ascontiguousarray(self.bits[first:last]), self.dtype)).to(self.computed)
         if self.scales is None:
             return matrix
         down, across = torch.arange(first, last) // self.block, torch.arange(self.bits.shape[1]) // self.block

@@ -47,9 +47,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Regrown:
-    """A growth that lies on no disk: each tensor is made from the base when it is asked for."""
+    """The result of a Plan that lies on no disk: each tensor is made from its sources when it is asked for."""
 
-    base: Tensors
+    sources: Mapping[str, Tensors]
     outputs: Mapping[str, Output]
 
     @cached_property
@@ -57,11 +57,12 @@ class Regrown:
         return {name: output.info for name, output in self.outputs.items()}
 
     def bits(self, name: str) -> Bits:
-        """The whole tensor: in memory where the growth changed it, mapped from the base's file where not."""
+        """The whole tensor: in memory where the Plan changed it, the source's own where not."""
         output = self.outputs[name]
-        if output.is_copy_of(self.base.infos[name], BASE):
-            return self.base.bits(name)
-        return made(output, {BASE: self.base})
+        for source, tensors in self.sources.items():
+            if name in tensors.infos and output.is_copy_of(tensors.infos[name], source):
+                return tensors.bits(name)
+        return made(output, self.sources)
 
 
 def open_reference(folder: Path, trained: Trained, manifest: Path | None = None) -> Reference:
@@ -132,4 +133,4 @@ def regrown(past: Past, base: Tensors, files: Checkpoint, text: bytes) -> Refere
     config = grown_config(files.config_text, past.plan, past.manifest, past.architecture)
     config = set_value(config, f"{CONFIG_KEY}.manifest", digest_of(text))  # an older version may write it otherwise
     outputs = {output.name: output for output in past.plan.outputs}
-    return Reference(Regrown(base, outputs), config, past.manifest, text, files)
+    return Reference(Regrown({BASE: base}, outputs), config, past.manifest, text, files)

@@ -266,3 +266,20 @@ class Application:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Merging:
+    """What `merge` wrote: each skill with its weight, the MLPs, what was rounded, and what the check said."""
+
+    base: str
+    skills: tuple[tuple[str, float], ...]
+    out: str
+    blocks: tuple[GrownBlock, ...]
+    parameters_before: int
+    parameters_after: int
+    rounding: Rounding
+    answers: tuple[Answer, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -15,26 +15,26 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ckptgrow.checkpoint import MANIFEST, Bits, Checkpoint, Tensors, digest_of, open_file
+from ckptgrow.checkpoint import MANIFEST, Checkpoint, Tensors, digest_of, open_file
 from ckptgrow.config import set_value
 from ckptgrow.drift import compare_names, examine
 from ckptgrow.equivalence import Finding, Progress
 from ckptgrow.errors import FormatError, PlanError, RequestError
-from ckptgrow.execute import digest_of_output, made
+from ckptgrow.execute import digest_of_output
 from ckptgrow.folding import FLOAT32, widened
 from ckptgrow.inversion import Inverse, invert
 from ckptgrow.layout import Layout, Shard
-from ckptgrow.lineage import Past, Spans, recall, stranger
+from ckptgrow.lineage import Past, Spans, find_manifest, recall, stranger
 from ckptgrow.manifest import CONFIG_KEY, grown_config, load_manifest
 from ckptgrow.matching import Renamed
-from ckptgrow.plan import Output, Part, Plan, Term
-from ckptgrow.reference import Reference, regrown
+from ckptgrow.plan import Output, Part, Plan, Term, unchanged
+from ckptgrow.reference import Reference, Regrown, regrown
+from ckptgrow.reversal import names_of
 from ckptgrow.tensors import TensorInfo, arrange
-from ckptgrow.trained import Trained
+from ckptgrow.trained import Trained, open_trained
 
 SKILL_FILE = "skill.safetensors"
 METADATA_KEY = "ckptgrow"
@@ -45,29 +45,18 @@ TRAINED, SKILL = "trained", "skill"
 class Skill:
     """A skill folder, opened: the growth, its manifest's text, the learned elements, the dtypes that are not grown."""
 
+    folder: Path
     past: Past
     text: bytes
-    tensors: Checkpoint
+    tensors: Tensors
     dtypes: Mapping[str, str]
+
+    def digest(self, name: str) -> str:
+        """The digest of what it has of a tensor."""
+        return digest_of_output(unchanged(self.tensors.infos[name], SKILL), {SKILL: self.tensors})
 
 
 # ---------------------------------------------------------------- taking it out
-
-
-@dataclass(frozen=True)
-class _Recovered:
-    """The base as a trained checkpoint's frozen part gives it back."""
-
-    trained: Tensors
-    base: Checkpoint
-    outputs: Mapping[str, Output]
-
-    @cached_property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self.base.infos
-
-    def bits(self, name: str) -> Bits:
-        return made(self.outputs[name], {TRAINED: self.trained})
 
 
 def from_itself(past: Past, text: bytes, trained: Renamed) -> tuple[Reference, tuple[Finding, ...]]:
@@ -85,7 +74,7 @@ def from_itself(past: Past, text: bytes, trained: Renamed) -> tuple[Reference, t
     )
     moved = tuple(_moved(past, inverse, trained))
     outputs = {output.name: output for output in inverse.plan.outputs}
-    return regrown(past, _Recovered(trained, past.base, outputs), past.base, text), moved
+    return regrown(past, Regrown({TRAINED: trained}, outputs), past.base, text), moved
 
 
 def _moved(past: Past, inverse: Inverse, trained: Tensors) -> Iterator[Finding]:
@@ -146,7 +135,7 @@ def _narrowed(shape: tuple[int, ...], axis: int, spans: Spans) -> tuple[int, ...
 def check_extracted(layout: Layout, trained: Renamed, written: Skill) -> None:
     """Raise PlanError unless the skill that was written holds the trained bytes."""
     for output in layout.shards[0].outputs:
-        if digest_of_output(output, {TRAINED: trained}) != written.tensors.digest(output.name):
+        if digest_of_output(output, {TRAINED: trained}) != written.digest(output.name):
             raise PlanError("what was written is not what was trained", tensor=output.name, hint="Nothing was kept.")
 
 
@@ -171,7 +160,32 @@ def open_skill(folder: Path) -> Skill:
         wanted = dtypes.get(name, grown[name].dtype), _narrowed(grown[name].shape, axis, spans)
         if (tensors.infos[name].dtype, tensors.infos[name].shape) != wanted:
             raise FormatError(f"not {wanted[0]} {list(wanted[1])}", file=str(folder / SKILL_FILE), tensor=name)
-    return Skill(past, text, tensors, dtypes)
+    return Skill(folder, past, text, tensors, dtypes)
+
+
+def skill_in(folder: Path, base: Checkpoint) -> Skill:
+    """The skill in a folder: a skill's, or a grown checkpoint's, trained or not, that has its ckptgrow.json.
+
+    Raises RequestError where it grew from another base, or where anything outside its boxes was trained.
+    """
+    if (folder / SKILL_FILE).is_file():
+        skill = open_skill(folder)
+        check_base(base, skill)
+        return skill
+    found = open_trained(folder)
+    path, _ = find_manifest(found, None)
+    text, past = path.read_bytes(), recall(load_manifest(path), str(path))
+    names, _ = names_of(past, path, found)
+    mine = Renamed(found, names)
+    layout = layout_of(past, text, mine)
+    boxes = Regrown({TRAINED: mine}, {output.name: output for output in layout.shards[0].outputs})
+    grown = {output.name: output.dtype for output in past.plan.outputs}
+    dtypes = {name: info.dtype for name, info in mine.infos.items() if info.dtype != grown[name]}
+    skill = Skill(folder, past, text, boxes, dtypes)
+    check_base(base, skill)
+    for finding in moved(regrown(past, base, base, text), found, lambda _: None):
+        raise RequestError(f"outside the boxes, {finding.problem}", file=str(folder), tensor=finding.tensor)
+    return skill
 
 
 def check_base(base: Checkpoint, skill: Skill) -> None:
@@ -181,7 +195,7 @@ def check_base(base: Checkpoint, skill: Skill) -> None:
         raise RequestError(
             ": ".join(strange),
             file=str(base.folder),
-            hint=f"The skill {skill.tensors.folder} grew from another checkpoint: give that one.",
+            hint=f"The skill {skill.folder} grew from another checkpoint: give that one.",
         )
 
 
@@ -191,10 +205,15 @@ def config_of(skill: Skill, base: Checkpoint, plan: Plan) -> str:
     return set_value(text, f"{CONFIG_KEY}.manifest", digest_of(skill.text))
 
 
+def spliced(skill: Skill, source: str) -> Plan:
+    """The growth of BASE with what was learned in its boxes, in the grown dtypes."""
+    past = skill.past
+    return Plan(tuple(_spliced(output, past, source) for output in past.plan.outputs), past.plan.config)
+
+
 def applied(skill: Skill, base: Checkpoint, source: str = SKILL) -> Plan:
     """The Plan of the trained checkpoint: the growth of BASE, with what was learned in its boxes."""
-    past, dtypes = skill.past, skill.dtypes
-    plan = Plan(tuple(_spliced(output, past, source) for output in past.plan.outputs), past.plan.config)
+    past, dtypes, plan = skill.past, skill.dtypes, spliced(skill, source)
     if set(dtypes.values()) == {FLOAT32}:
         return widened(plan, dtypes, base, past.architecture)
     return replace(plan, outputs=tuple(replace(o, dtype=dtypes.get(o.name, o.dtype)) for o in plan.outputs))
@@ -222,6 +241,6 @@ def check_applied(skill: Skill, base: Checkpoint, written: Trained, progress: Pr
     wrong = [finding.tensor for finding in moved(reference, written, progress)]
     for name, (axis, spans) in skill.past.trained.items():
         inside = _boxed(name, written.infos[name], axis, spans)
-        wrong += [name] if digest_of_output(inside, {TRAINED: written}) != skill.tensors.digest(name) else []
+        wrong += [name] if digest_of_output(inside, {TRAINED: written}) != skill.digest(name) else []
     if wrong:
         raise PlanError("what was written is not what it should be", tensor=wrong[0], hint="Nothing was kept.")

@@ -49,7 +49,7 @@ def roundings(output: Output, sources: Sources, progress: Callable[[int], None])
 
 def _rounding(output: Output, part: Part, block: Block, picked: slice, sources: Sources) -> Rounding:
     pieces = (Piece(term, block.rows, picked, output.axis, sources[term.source]) for term in part.terms)
-    total, lost = added(decode(piece.bits(), piece.dtype) * piece.scale for piece in pieces)
+    total, lost = added(decode(piece.shared(), piece.dtype) * piece.scale for piece in pieces)
     nearest = rounded(total, output.dtype)
     beyond = ~(np.abs(nearest) <= FLOATS[output.dtype].largest)
     wrong = (nearest != total) | (lost != 0) | beyond

@@ -44,10 +44,18 @@ def grow(base: Path, out: Path, **options: Any) -> Path:
     return out
 
 
-def train(grown: Path, change: Callable[[Tensors], None] | None = None, *, shards: int = 1, wide: bool = False) -> Path:
+def train(
+    grown: Path,
+    change: Callable[[Tensors], None] | None = None,
+    *,
+    shards: int = 1,
+    wide: bool = False,
+    seed: int = 3,
+    name: str = "trained",
+) -> Path:
     """What a trainer makes of it: all boxes moved, other shards, no manifest, and whatever `change` does."""
-    out, tensors = grown.with_name("trained"), checkpoints.load(grown)
-    generator = torch.Generator().manual_seed(3)
+    out, tensors = grown.with_name(name), checkpoints.load(grown)
+    generator = torch.Generator().manual_seed(seed)
     for tensor in load_manifest(grown).trainable:
         for box in tensor.boxes:
             place = tuple(slice(*span) for span in box)

@@ -1,4 +1,4 @@
-"""ckptgrow extract, apply."""
+"""ckptgrow extract, apply, merge."""
 
 from __future__ import annotations
 
@@ -49,3 +49,34 @@ def apply(base: str, skill: str, out: str, as_json: bool, quiet: bool) -> None:
         result = operations.apply(base, skill, out, progress=progress, bars=progress is not None)
     if as_json or not quiet:
         click.echo(json_of(result) if as_json else report.application(result))
+
+
+@main.command()
+@click.argument("base")
+@click.argument("skills", nargs=-1, required=True)
+@click.argument("out")
+@click.option("--weights", metavar="W,...", help="The λ of each skill, in their order.  [default: 1 for each]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32"]),
+    help="Keep in float32 the tensors in which a sum would be rounded; without it each sum is rounded once.",
+)
+@as_json
+@quiet
+def merge(
+    base: str, skills: tuple[str, ...], out: str, weights: str | None, as_json: bool, quiet: bool, **wish: Any
+) -> None:
+    """Write BASE with all SKILLS in it into the new folder OUT: each MLP is base + Σ λ·(skill - base).
+
+    SKILLS are what extract wrote, or grown checkpoints with their ckptgrow.json; all must have grown from BASE. The
+    base's half that cancels is left out, so two skills with λ = 1 are no wider than one.
+
+    Exit status: 0 written, 2 could not.
+    """
+    from ckptgrow import operations, report
+
+    with bars(quiet) as progress:
+        wish |= {"progress": progress, "bars": progress is not None}
+        done = operations.merge(base, skills, out, weights=weights.split(",") if weights else None, **wish)
+    if as_json or not quiet:
+        click.echo(json_of(done) if as_json else report.merging(done))

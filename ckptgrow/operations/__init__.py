@@ -13,6 +13,7 @@ from ckptgrow.operations.declaring import propose
 from ckptgrow.operations.folding import fold, plan_fold
 from ckptgrow.operations.growing import expand, inspect, plan_expand, verify
 from ckptgrow.operations.masking import mask
+from ckptgrow.operations.merging import merge
 from ckptgrow.operations.ranking import rank
 from ckptgrow.operations.reverting import revert
 from ckptgrow.operations.skills import apply, extract
@@ -25,6 +26,7 @@ __all__ = [
     "fold",
     "inspect",
     "mask",
+    "merge",
     "plan_expand",
     "plan_fold",
     "propose",

@@ -17,6 +17,7 @@ __all__ = [
     "folding",
     "inspection",
     "mask",
+    "merging",
     "proposal",
     "ranking",
     "reversion",
@@ -24,4 +25,4 @@ __all__ = [
     "verification",
 ]
 from ckptgrow.report.reverting import reversion
-from ckptgrow.report.skills import application, extraction
+from ckptgrow.report.skills import application, extraction, merging

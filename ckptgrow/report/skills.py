@@ -1,12 +1,13 @@
-"""How extract and apply read in a terminal."""
+"""How extract, apply and merge read in a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from ckptgrow.equivalence import SHOWN
-from ckptgrow.report.lines import row, size
-from ckptgrow.results import Application, Extraction
+from ckptgrow.report.growing import answers
+from ckptgrow.report.lines import row, size, widths
+from ckptgrow.results import Application, Extraction, Merging
 
 
 def extraction(done: Extraction) -> str:
@@ -29,3 +30,22 @@ def _extraction(done: Extraction) -> Iterator[str]:
     yield from (row("note", note) for note in done.notes)
     lost = f"{done.trained}: the frozen part MOVED, and a skill would lose that: nothing was written"
     yield lost if done.moved else f"wrote {done.skill}"
+
+
+def merging(done: Merging) -> str:
+    """What `ckptgrow merge` prints: the skills, the widths, what was rounded, what the check said."""
+    return "\n".join(_merging(done))
+
+
+def _merging(done: Merging) -> Iterator[str]:
+    for skill, weight in done.skills:
+        yield row("skill", f"{skill} x {weight:g}")
+    yield from widths((b.block, b.layer, f"{b.old_width:,} -> {b.new_width:,} units") for b in done.blocks)
+    yield row("parameters", f"{done.parameters_before:,} -> {done.parameters_after:,}")
+    cost = done.rounding
+    lost = (
+        f"{cost.rounded:,} are rounded, by up to a relative {cost.largest:.2g}" if cost.rounded else "none is rounded"
+    )
+    yield row("sums", f"{cost.sums:,} weights are sums or multiples, {lost}")
+    yield from answers(done.answers)
+    yield f"wrote {done.out}"

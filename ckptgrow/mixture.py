@@ -1,0 +1,87 @@
+"""The manifest of a merged checkpoint: which skills are in it, and that all of their own units train.
+
+It is a grown checkpoint to train on and to grow again, but no growth that could be undone: of the base's own columns a
+merge keeps what its weights leave, which may be nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+
+from ckptgrow.checkpoint import Checkpoint, digest_of
+from ckptgrow.families import Architecture, in_memory_name, ties
+from ckptgrow.manifest import SCHEMA, Counts, GrownBlock, Manifest, Trainable, history
+from ckptgrow.plan import Plan
+from ckptgrow.policy import POLICIES, boxes
+from ckptgrow.surgery import Growth
+from ckptgrow.version import __version__
+
+MERGE = "merge"
+POLICY = "g-freeze"
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A merge that has been carried out: its Plan, and the growths that the skills come from."""
+
+    plan: Plan
+    base: Checkpoint
+    architecture: Architecture
+    skills: Sequence[Manifest]
+    weights: Sequence[Fraction]
+
+
+def merge_manifest(mixed: Mixed) -> Manifest | None:
+    """The manifest; None where no unit is a skill's own, so that nothing could train."""
+    trainable, blocks = tuple(_trainable(mixed)), tuple(_blocks(mixed))
+    if not trainable:
+        return None
+    base, family, first = mixed.base, mixed.architecture.family, mixed.skills[0]
+    count = sum(tensor.elements for tensor in trainable)
+    total = sum(output.info.elements for output in mixed.plan.outputs)
+    names = {tensor.name: in_memory_name(family, tensor.name) for tensor in trainable}
+    return Manifest(
+        schema=SCHEMA,
+        tool={"name": "ckptgrow", "version": __version__},
+        operation=MERGE,
+        base=first.base,
+        family=family.model_type,
+        policy=POLICY,
+        growth=asdict(Growth(width=max(block.new_width for block in blocks))),
+        shares={
+            "asked": "auto",
+            "used": sorted({rule for skill in mixed.skills for rule in skill.shares["used"]}),
+            "seed": 0,
+        },
+        blocks=blocks,
+        trainable=trainable,
+        counts=Counts(count, total - count, base.parameters, round(count / base.parameters, 6)),
+        inexact_halves=0,
+        ties=ties(base.config, family, base.infos),
+        in_memory_names={disk: memory for disk, memory in names.items() if disk != memory},
+        history=history(base),
+        layers=None,
+        skills=tuple(
+            {"manifest": digest_of(skill.text().encode()), "policy": skill.policy, "weight": float(weight)}
+            for skill, weight in zip(mixed.skills, mixed.weights, strict=True)
+        ),
+    )
+
+
+def _trainable(mixed: Mixed) -> Iterator[Trainable]:
+    for output in mixed.plan.outputs:
+        found = boxes(output, POLICIES[POLICY]) if output.member else ()
+        if output.member and found:
+            yield Trainable(output.name, output.member.role, output.member.layer, output.shape, output.dtype, found)
+
+
+def _blocks(mixed: Mixed) -> Iterator[GrownBlock]:
+    """Each MLP; which base unit a unit copies cannot be said of a skill's own."""
+    outputs = {output.name: output for output in mixed.plan.outputs}
+    for mlp in mixed.architecture.mlps:
+        down = outputs[mlp.down]
+        if down.member:
+            width = int(down.extent / down.lane_count / mlp.tensors[mlp.down].places)
+            yield GrownBlock(mlp.block, mlp.layer, mlp.width, width, (), filled=not down.grown())

@@ -1,0 +1,232 @@
+"""merge: several skills of one base in one model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+from ckptgrow.card import licence, merged_card
+from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, Tensors, open_checkpoint
+from ckptgrow.config import set_value
+from ckptgrow.equivalence import Answer, untouched
+from ckptgrow.errors import PlanError, RequestError
+from ckptgrow.execute import write_shards
+from ckptgrow.families import Architecture, Mlp, locate
+from ckptgrow.folding import widened
+from ckptgrow.hub import fetch
+from ckptgrow.layout import INDEX, Layout, lay
+from ckptgrow.manifest import CONFIG_KEY, Manifest
+from ckptgrow.merging import Ingredient
+from ckptgrow.merging import merge as merge_plan
+from ckptgrow.mixture import Mixed, merge_manifest
+from ckptgrow.plan import Plan
+from ckptgrow.progress import Meter, Progress, silent
+from ckptgrow.reference import Regrown
+from ckptgrow.results import Merging
+from ckptgrow.skills import SKILL, Skill, applied, skill_in, spliced
+from ckptgrow.staging import Staging, check_apart, check_space, check_target
+from ckptgrow.sums import Rounding, is_sum, roundings
+from ckptgrow.surgery import BASE
+
+Source = str | Path
+Dtype = Literal["float32"]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A merge ready to be carried out."""
+
+    base: Checkpoint
+    architecture: Architecture
+    skills: tuple[Skill, ...]
+    weights: tuple[Fraction, ...]
+    plan: Plan
+    layout: Layout
+    rounding: Rounding
+
+    @property
+    def sources(self) -> Mapping[str, Tensors]:
+        return {BASE: self.base} | {_source(i): skill.tensors for i, skill in enumerate(self.skills)}
+
+
+def merge(
+    base: Source,
+    skills: Sequence[Source],
+    out: Source,
+    *,
+    weights: Sequence[float | str] | None = None,
+    dtype: Dtype | None = None,
+    progress: Progress | None = None,
+    bars: bool = False,
+) -> Merging:
+    """Write base + Σ λ·(skill - base), MLP by MLP as functions, into the new folder `out` (METHOD.md 6).
+
+    `skills` are skills, or grown checkpoints with their ckptgrow.json, that grew from `base`; `weights` their λ, 1
+    where not given. Columns are added in float64 and rounded once to their dtype, or with `dtype="float32"` kept in
+    tensors of float32. Raises CkptgrowError for skills of another base, and for what cannot be merged; then nothing is
+    left on disk.
+    """
+    mine, its = fetch(base, progress=bars).folder, [fetch(skill, progress=bars).folder for skill in skills]
+    target, report = Path(out).resolve(), progress or silent
+    check_target(target, force=False)
+    for folder in (mine, *its):
+        check_apart(target, folder)
+    job = _prepare(mine, its, _weights(weights, len(its)), dtype, report)
+    check_space(target, job.layout.nbytes)
+    with Staging(target, "merge") as staging:
+        write_shards(job.layout, job.sources, staging, Meter(report, "writing", job.layout.nbytes))
+        manifest = _write_rest(job, staging)
+        answers = tuple(_checked(job, open_checkpoint(staging.folder), report))
+        staging.commit()
+    blocks = manifest.blocks if manifest else ()
+    counts = sum(output.info.elements for output in job.plan.outputs)
+    used = tuple((str(skill), float(weight)) for skill, weight in zip(skills, job.weights, strict=True))
+    return Merging(str(base), used, str(out), blocks, job.base.parameters, counts, job.rounding, answers)
+
+
+def _source(i: int) -> str:
+    return f"{SKILL}{i}"
+
+
+def _weights(asked: Sequence[float | str] | None, count: int) -> tuple[Fraction, ...]:
+    """One exact weight for each skill."""
+    if not count:
+        raise RequestError("there is no skill to merge")
+    if asked is None:
+        return (Fraction(1),) * count
+    if len(asked) != count:
+        raise RequestError(f"{len(asked)} weights for {count} skills", hint="Give one weight for each, in their order.")
+    try:
+        weights = tuple(Fraction(str(weight).strip()) for weight in asked)
+    except (ValueError, ZeroDivisionError):
+        raise RequestError(f"--weights {','.join(map(str, asked))}: give numbers, like 1,0.5") from None
+    if not all(math.isfinite(float(weight)) for weight in weights):
+        raise RequestError("a weight is too large")
+    return weights
+
+
+def _prepare(
+    base: Path, folders: Sequence[Path], weights: tuple[Fraction, ...], dtype: Dtype | None, report: Progress
+) -> _Job:
+    """Everything that can be known, and refused, before the first byte is written."""
+    opened = open_checkpoint(base)
+    skills = tuple(skill_in(folder, opened) for folder in folders)
+    _check_different(skills)
+    architecture = locate(opened.config, opened.infos)
+    plan = merge_plan(opened.infos, architecture, list(_ingredients(skills, weights)))
+    sources: dict[str, Tensors] = {BASE: opened} | {_source(i): skill.tensors for i, skill in enumerate(skills)}
+    plan.check({name: source.infos for name, source in sources.items()})
+    costs = _rounding(plan, sources, report)
+    wide = {name for skill, weight in zip(skills, weights, strict=True) if weight for name in _wider(skill)}
+    if wide and dtype is None:
+        raise RequestError(
+            f"it is {next(s.dtypes[n] for n in sorted(wide) for s in skills if n in s.dtypes)} in a skill and"
+            f" {opened.infos[min(wide)].dtype} in the base, so the skill's own rows would be rounded",
+            tensor=min(wide),
+            hint="Give --dtype float32, or a skill extracted from a checkpoint in the base's dtype.",
+        )
+    if dtype is not None:
+        plan = widened(plan, {name for name, cost in costs.items() if cost.rounded} | wide, opened, architecture)
+        costs = _rounding(plan, sources, report)
+    for name, cost in costs.items():
+        if cost.too_large:
+            raise RequestError(f"{cost.too_large:,} of its weights become too large for their dtype", tensor=name)
+    layout = lay(plan, opened.headers, opened.infos, opened.index)
+    return _Job(opened, architecture, skills, weights, plan, layout, sum(costs.values(), Rounding()))
+
+
+def _wider(skill: Skill) -> set[str]:
+    """The tensors of which it has elements in another dtype than the base's."""
+    return {name for name in skill.past.trained if name in skill.dtypes}
+
+
+def _check_different(skills: Sequence[Skill]) -> None:
+    """Raise RequestError where one skill is given twice: its units would only be doubled."""
+    seen: dict[tuple[bytes, tuple[str, ...]], Path] = {}
+    for skill in skills:
+        print_of = skill.text, tuple(skill.digest(name) for name in sorted(skill.tensors.infos))
+        if print_of in seen:
+            raise RequestError(
+                f"it is the same skill as {seen[print_of]}",
+                file=str(skill.folder),
+                hint="Give it once, with the sum of the weights.",
+            )
+        seen[print_of] = skill.folder
+
+
+def _ingredients(skills: Sequence[Skill], weights: Sequence[Fraction]) -> Iterator[Ingredient]:
+    for i, (skill, weight) in enumerate(zip(skills, weights, strict=True)):
+        outputs = {output.name: output for output in spliced(skill, _source(i)).outputs}
+        moved = frozenset(mlp.block for mlp in skill.past.architecture.mlps if _moves_rows(skill, mlp))
+        yield Ingredient(outputs, weight, skill.past.manifest.inexact_halves == 0, moved)
+
+
+def _moves_rows(skill: Skill, mlp: Mlp) -> bool:
+    """Whether the skill trained the base's own rows of gate or up."""
+    for name, slot in mlp.tensors.items():
+        axis, spans = skill.past.trained.get(name, (slot.axis, ()))
+        if slot.shared or not spans:
+            continue
+        old = int(mlp.width * slot.places)
+        lane = next(o for o in skill.past.plan.outputs if o.name == name).shape[axis] // len(slot.lanes)
+        starts = [i * lane for i in range(len(slot.lanes))]
+        if any(a < start + old and start < b for start in starts for a, b in spans):
+            return True
+    return False
+
+
+def _rounding(plan: Plan, sources: Mapping[str, Tensors], report: Progress) -> dict[str, Rounding]:
+    """What is rounded in each output that has sums."""
+    summed = [output for output in plan.outputs if any(is_sum(part) for part in output.parts)]
+    meter = Meter(report, "adding up", sum(output.info.nbytes for output in summed))
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        costs = pool.map(lambda output: roundings(output, sources, meter), summed)
+        return {output.name: cost for output, cost in zip(summed, costs, strict=True)}
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _write_rest(job: _Job, staging: Staging) -> Manifest | None:
+    """All files but the shards; config last. Where no unit is a skill's, the result is the base, and says so."""
+    base = job.base
+    for file in base.companions()[0]:
+        staging.copy(base.folder / file, file)
+    if job.layout.index is not None:
+        staging.put(INDEX, job.layout.index)
+    mixed = Mixed(job.plan, base, job.architecture, [skill.past.manifest for skill in job.skills], job.weights)
+    manifest, config = merge_manifest(mixed), base.config_text
+    for edit in job.plan.config:
+        config = set_value(config, edit.path, edit.value)
+    if manifest is not None:
+        staging.put(MANIFEST, manifest.text())
+        staging.put(CARD, merged_card(manifest, licence(base.folder / CARD)))
+        config = set_value(config, CONFIG_KEY, manifest.config_entry(job.architecture))
+    staging.put(CONFIG, config)
+    return manifest
+
+
+def _checked(job: _Job, written: Checkpoint, report: Progress) -> Iterator[Answer]:
+    """What was written, read again. Raises PlanError unless it is the base plus the skills."""
+    from ckptgrow.merged import merged
+
+    inside = {name for mlp in job.architecture.mlps for name in mlp.tensors}
+    outside = sum(info.nbytes for name, info in job.base.infos.items() if name not in inside)
+    grown = [
+        (weight, Regrown({BASE: job.base, SKILL: skill.tensors}, {o.name: o for o in applied(skill, job.base).outputs}))
+        for skill, weight in zip(job.skills, job.weights, strict=True)
+    ]
+    proving = Meter(report, "proving", sum(written.infos[name].nbytes for name in inside))
+    for answer in (
+        untouched(job.base, written, job.architecture, Meter(report, "comparing", 2 * outside)),
+        merged(job.base, grown, written, job.architecture, bool(job.rounding.rounded), proving),
+    ):
+        if answer.verdict == "no":
+            first = answer.findings[0]
+            raise PlanError(f"what was written is not base and skills ({first.problem})", tensor=first.tensor)
+        yield answer
