@@ -63,6 +63,7 @@ def merge_manifest(mixed: Mixed) -> Manifest | None:
         in_memory_names={disk: memory for disk, memory in names.items() if disk != memory},
         history=history(base),
         layers=None,
+        declaration=first.declaration,
         skills=tuple(
             {"manifest": digest_of(skill.text().encode()), "policy": skill.policy, "weight": float(weight)}
             for skill, weight in zip(mixed.skills, mixed.weights, strict=True)

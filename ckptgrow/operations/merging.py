@@ -16,7 +16,7 @@ from ckptgrow.config import set_value
 from ckptgrow.equivalence import Answer, untouched
 from ckptgrow.errors import PlanError, RequestError
 from ckptgrow.execute import write_shards
-from ckptgrow.families import Architecture, Mlp, locate
+from ckptgrow.families import Architecture, Mlp
 from ckptgrow.folding import widened
 from ckptgrow.hub import fetch
 from ckptgrow.layout import INDEX, Layout, lay
@@ -117,7 +117,7 @@ def _prepare(
     opened = open_checkpoint(base)
     skills = tuple(skill_in(folder, opened) for folder in folders)
     _check_different(skills)
-    architecture = locate(opened.config, opened.infos)
+    architecture = _architecture(skills)
     plan = merge_plan(opened.infos, architecture, list(_ingredients(skills, weights)))
     sources: dict[str, Tensors] = {BASE: opened} | {_source(i): skill.tensors for i, skill in enumerate(skills)}
     plan.check({name: source.infos for name, source in sources.items()})
@@ -138,6 +138,17 @@ def _prepare(
             raise RequestError(f"{cost.too_large:,} of its weights become too large for their dtype", tensor=name)
     layout = lay(plan, opened.headers, opened.infos, opened.index)
     return _Job(opened, architecture, skills, weights, plan, layout, sum(costs.values(), Rounding()))
+
+
+def _architecture(skills: Sequence[Skill]) -> Architecture:
+    """What all skills grew. Raises RequestError where one grew other MLPs (another tower, only some experts)."""
+    first = skills[0].past.architecture
+    for skill in skills:
+        if skill.past.architecture.mlps != first.mlps:
+            raise RequestError(
+                f"it grew other MLPs than {skills[0].folder}: another tower, or other experts", file=str(skill.folder)
+            )
+    return first
 
 
 def _wider(skill: Skill) -> set[str]:
