@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -17,6 +18,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
+from hub_server import HubServer, Repository
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -598,6 +600,27 @@ def test_the_manifest_is_found_beside_the_checkpoint(grown: Path) -> None:
     model.config._name_or_path = "org/elsewhere"
     with pytest.raises(FreezeError, match=r"org/elsewhere is no folder with a ckptgrow\.json"):
         freeze(model)
+
+
+def test_the_manifest_of_a_model_from_the_hub_is_found(grown: Path, tmp_path: Path) -> None:
+    """By the id and the commit that transformers leaves in the config; no weights are fetched for it."""
+    script = f"""
+from types import SimpleNamespace
+from pathlib import Path
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_training import Toy, freeze
+from ckptgrow.hub import preview
+commit = preview("org/grown").origin.revision
+model = Toy(Path({str(grown)!r}))
+model.config = SimpleNamespace(_name_or_path="org/grown", _commit_hash=commit)
+print(freeze(model).stats())
+"""
+    with HubServer({"org/grown": Repository({"main": checkpoints.snapshot(grown)})}) as server:
+        env = os.environ | server.environment(tmp_path / "hf")
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert "parameters optimised" in done.stdout, done.stderr
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
 
 
 def altered(folder: Path, change: Callable[[Any], Any]) -> Manifest:

@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ckptgrow.checkpoint import MANIFEST
+from ckptgrow.checkpoint import MANIFEST, digest_of
 from ckptgrow.errors import CkptgrowError, FormatError
+from ckptgrow.hub import preview
 from ckptgrow.manifest import CONFIG_KEY, Manifest, Trainable, load_manifest
 from ckptgrow.matching import WRAPPERS, plain
 from ckptgrow.training.cut import Cut, cut_of
@@ -46,17 +47,20 @@ class Target:
 
 def find_manifest(model: nn.Module, manifest: Manifest | Path | str | None) -> Manifest:
     """The manifest asked for, or the one beside the model's checkpoint, held against the digest in its config."""
-    if not isinstance(manifest, Manifest):
-        manifest = load_manifest(Path(manifest) if manifest is not None else _beside(model))
+    if isinstance(manifest, Manifest):
+        found, its = manifest, manifest.digest
+    else:
+        path = Path(manifest) if manifest is not None else _beside(model)
+        found, its = load_manifest(path), digest_of((path / MANIFEST if path.is_dir() else path).read_bytes())
     entry = getattr(_config(model), CONFIG_KEY, None)
     digest = entry.get("manifest") if isinstance(entry, Mapping) else None
-    if digest not in (None, manifest.digest):
+    if digest not in (None, its):
         raise FreezeError(
-            f"the manifest's digest {manifest.digest[:15]}... is not the {digest[:15]}... in the model's config",
-            tensor=manifest.trainable[0].name,
+            f"the manifest's digest {its[:15]}... is not the {digest[:15]}... in the model's config",
+            tensor=found.trainable[0].name,
             hint=f"Pass the {MANIFEST} of the checkpoint that this model was loaded from.",
         )
-    return manifest
+    return found
 
 
 def resolve(model: nn.Module, manifest: Manifest) -> tuple[Target, ...]:
@@ -129,13 +133,14 @@ def _config(model: nn.Module) -> Any:
 
 
 def _beside(model: nn.Module) -> Path:
-    """The manifest's path in the folder that the model was loaded from."""
+    """The manifest's path in the folder, or the Hub repository, that the model was loaded from."""
     config = _config(model)
     source = getattr(config, "_name_or_path", "") or getattr(config, "name_or_path", "")
-    path = Path(source, MANIFEST)
-    if not source or not path.is_file():
+    commit = getattr(config, "_commit_hash", None)
+    folder = preview(f"{source}@{commit}").origin.folder if source and commit else Path(source)
+    if not source or not (folder / MANIFEST).is_file():
         where = f"{source} is no folder with a {MANIFEST}" if source else "the model does not say where it came from"
         raise FreezeError(
             f"the manifest was not found: {where}", hint="Pass the grown checkpoint's folder: freeze(model, folder)."
         )
-    return path
+    return folder / MANIFEST
