@@ -116,6 +116,10 @@ class Redundancy:
         plain &= self.rows[added] == self.rows[merges.into[added]]
         return bool(plain.all() and self.weightless[dropped].all())
 
+    def twins(self, merges: Merges) -> bool:
+        """Whether units with the same rows stay beside each other, as they may where a width is to be filled."""
+        return len(np.unique(self.rows[merges.stay])) < len(merges.stay)
+
     def tied_up(self, partners: Units) -> Iterator[tuple[str, Units]]:
         """Why units that have a partner stay beside it: (reason, units) for each reason there is."""
         stay = self.full.stay

@@ -118,8 +118,7 @@ def test_any_skills_with_any_weights(recipe: list[tuple[dict[str, Any], str, Any
         done = ckptgrow.merge(base, skills, folder / "out", weights=weights)
         assert [answer.verdict for answer in done.answers] == ["yes", "yes"]
         ckptgrow.merge(base, skills[::-1], folder / "other", weights=weights[::-1])
-        if not any("layers" in width for width, *_ in recipe):
-            ckptgrow.fold(folder / "out", folder / "folded", partial=True)
+        ckptgrow.fold(folder / "out", folder / "folded", partial=True)
         for layer in range(2):
             wanted = expected(base, skills, weights, layer)
             assert close(answer(folder / "out", layer), wanted, 1e-6)

@@ -248,7 +248,10 @@ def _planned(job: _Job, found: list[Redundancy], width: int, wish: _Wish, report
         bytes_to_write=layout.nbytes + small,
         plan=plan,
     )
-    only = all(one.columns_only(chosen[one.mlp.block]) for one in found if one.mlp.block in chosen)
+    pairs = [(one, chosen[one.mlp.block]) for one in found if one.mlp.block in chosen]
+    only = all(one.columns_only(merges) for one, merges in pairs)
+    if told.rounding.rounded:  # a proof adds up what stays in twins, and each may have been rounded for itself
+        only &= not any(one.twins(merges) for one, merges in pairs)
     inexact = len(chosen) < len(found) or job.told.apart > 0
     return replace(job, told=told, layout=layout, columns_only=only, inexact=inexact)
 
