@@ -162,8 +162,10 @@ def test_examples_exist() -> None:
         f"examples/{p.name}" for p in (ROOT / "examples").iterdir() if p.name.startswith("train_")
     } | {
         "examples/axolotl.yaml",
+        "examples/bench_training.py",
         "examples/llamafactory.yaml",
     }
+    assert all((ROOT / example).is_file() for example in examples())
 
 
 @pytest.mark.transformers

@@ -73,8 +73,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "model.layers.1.mlp.gate_proj.weight: it is missing, but num_hidden_layers is 2",
     ),
     "undeclared tensor": (
+        lambda b: checkpoints.edit(b, lambda t: t.update({UP + "_extra": torch.ones(1)})),
+        f"{UP}_extra: model_type 'gemma3_text' declares no such tensor",
+    ),
+    "a quantised layer's tensor": (
         lambda b: checkpoints.edit(b, lambda t: t.update({UP + "_scale": torch.ones(1)})),
-        f"{UP}_scale: model_type 'gemma3_text' declares no such tensor",
+        f"{UP}_scale: a tensor of a quantised layer",
     ),
     "bias in one layer": (
         lambda b: checkpoints.edit(b, lambda t: t.update({UP.replace("weight", "bias"): torch.ones(12)})),
