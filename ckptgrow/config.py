@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from ckptgrow.errors import FormatError
+from ckptgrow.plan import Edit
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
@@ -52,6 +54,13 @@ def without(text: str, key: str) -> str:
         return text[: members[names[place - 1]][1]] + text[last:]
     after = _skip(text, last)
     return text[: start + 1] + text[after + (text[after] == ",") :]
+
+
+def edited(text: str, edits: Iterable[Edit]) -> str:
+    """The text with the changes of a Plan."""
+    for edit in edits:
+        text = set_value(text, edit.path, edit.value)
+    return text
 
 
 def _members(text: str, start: int) -> dict[str, tuple[int, int]]:

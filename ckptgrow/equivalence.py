@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ckptgrow import configs
 from ckptgrow.checkpoint import Bits, Checkpoint
-from ckptgrow.errors import FormatError
+from ckptgrow.errors import FormatError, PlanError
 from ckptgrow.families import Architecture, Mlp
 from ckptgrow.numeric import Floats, decode, rounded
 from ckptgrow.units import (
@@ -68,9 +68,18 @@ class Answer:
     findings: tuple[Finding, ...] = ()
 
 
+def not_the_same(finding: Finding) -> PlanError:
+    """The error of a result that was made to be the same function and is not: a bug, not the user's."""
+    return PlanError(
+        f"what was written is not the same function ({finding.problem})",
+        tensor=finding.tensor,
+        hint="Nothing was kept. This is a bug in ckptgrow or a failing disk: please report it.",
+    )
+
+
 def untouched(base: Checkpoint, grown: Checkpoint, architecture: Architecture, progress: Progress) -> Answer:
     """Every tensor outside the MLPs byte-identical, none missing, none extra; config.json differs in the width only."""
-    inside = {name for mlp in architecture.mlps for name in mlp.tensors}
+    inside = architecture.names
     findings = [Finding(name, "it is missing") for name in base.infos if name not in grown.infos]
     findings += [Finding(name, "the base has no such tensor") for name in grown.infos if name not in base.infos]
     shared = [name for name in base.infos if name in grown.infos and name not in inside]
@@ -95,8 +104,7 @@ def proved(
 
     def prove(mlp: Mlp) -> list[_Proof]:
         often = architecture.family.statistics or mlp.site.template.normed
-        numbers = range(mlp.experts) if mlp.experts > 1 else (None,)
-        return [_prove(base, grown, mlp, expert, often, rounded_once, progress) for expert in numbers]
+        return [_prove(base, grown, mlp, expert, often, rounded_once, progress) for expert in mlp.numbers]
 
     with _pool() as pool:
         proofs = list(pool.map(prove, architecture.mlps))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ckptgrow.checkpoint import MANIFEST, Checkpoint
-from ckptgrow.config import set_value, without
+from ckptgrow.config import edited, set_value, without
 from ckptgrow.errors import CkptgrowError
 from ckptgrow.families import Architecture, Mlp, Slot, scoped
 from ckptgrow.manifest import CONFIG_KEY, Manifest, load_manifest, previous
@@ -110,9 +110,7 @@ def texts(text: str, plan: Plan, manifest: Manifest | None) -> tuple[str, str | 
 
     Where the base's own config says the same, it is that text.
     """
-    text = without(text, CONFIG_KEY)
-    for edit in plan.config:
-        text = set_value(text, edit.path, edit.value)
+    text = edited(without(text, CONFIG_KEY), plan.config)
     if manifest is None:
         return text, None
     try:

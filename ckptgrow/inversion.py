@@ -112,7 +112,7 @@ def _choice(here: list[_Place], exact_halves: bool) -> tuple[list[_Place], float
 
 def compose(outer: Plan, inner: Plan, source: str) -> Plan:
     """The Plan that does `inner` and, with its result as `source`, `outer`. Exact where both are."""
-    made = {output.name: output for output in inner.outputs}
+    made = inner.named
     outputs = (
         replace(o, parts=tuple(p for part in o.parts for p in _through(part, made, source))) for o in outer.outputs
     )

@@ -21,9 +21,9 @@ from ckptgrow.errors import CkptgrowError, FormatError, RequestError
 from ckptgrow.families import Architecture, locate
 from ckptgrow.families.declared import recalled
 from ckptgrow.identity import Base
-from ckptgrow.manifest import Manifest, along, growth_of, load_manifest, named_in, previous, read_mask
+from ckptgrow.manifest import Manifest, along, growth_of, load_manifest, manifest_file, named_in, previous, read_mask
 from ckptgrow.plan import Plan
-from ckptgrow.tensors import LENGTH_BYTES, TensorInfo, header_length, parse_header
+from ckptgrow.tensors import TensorInfo, framed, header_length, parse_header
 from ckptgrow.trained import Trained
 
 Spans = tuple[tuple[int, int], ...]
@@ -94,7 +94,7 @@ def described(base: Base) -> Checkpoint:
     shards = {}
     for file, told in base.shards.items():
         text = told["text"].encode()
-        head = len(text).to_bytes(LENGTH_BYTES, "little") + text
+        head = framed(text)
         if digest_of(head) != told["header"]:
             raise FormatError("the header in the manifest is not the one its digest is of", file=file)
         header_length(head, told["bytes"])
@@ -122,15 +122,14 @@ def find_manifest(trained: Trained, given: Path | None) -> tuple[Path, tuple[str
     """The manifest's file, beside the weights or where the user says, and notes. Raises RequestError for none."""
     path = trained.folder / MANIFEST
     if given is not None:
-        path = given / MANIFEST if given.is_dir() else given
+        path = manifest_file(given)
     elif not path.is_file():
         raise RequestError(
             f"it has no {MANIFEST}: trainers do not copy it",
             file=str(trained.folder),
             hint="Name the grown folder, or its ckptgrow.json, with --manifest.",
         )
-    load_manifest(path)
-    return path, tuple(belonging(trained, path.read_bytes(), path))
+    return path, tuple(belonging(trained, load_manifest(path).text().encode(), path))
 
 
 def stranger(opened: Checkpoint, base: Base) -> tuple[str, str] | None:

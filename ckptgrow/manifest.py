@@ -13,12 +13,12 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ckptgrow.checkpoint import MANIFEST, Checkpoint, digest_of
-from ckptgrow.config import set_value
+from ckptgrow.config import edited, set_value
 from ckptgrow.errors import FormatError, RequestError
 from ckptgrow.families import Architecture, Mlp, in_memory_name, ties
 from ckptgrow.families.declared import outside
@@ -101,12 +101,18 @@ class Manifest:
     layers: tuple[int, ...] | None = None  # the ones that grew; None: all
     declaration: Mapping[str, Any] | None = None  # the family, where it is not one of the table
     skills: tuple[Mapping[str, Any], ...] = ()  # of a merge: each skill's manifest, policy and weight
+    _file: str | None = field(default=None, init=False, compare=False, repr=False)  # a changed copy does not have it
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        described = asdict(self)
+        del described["_file"]
+        return described
 
     def text(self) -> str:
-        """The file: two levels indented, each block and each trainable tensor on a line of its own."""
+        """The file: as it was read, since another version may write it otherwise; of a new one, two levels indented,
+        each block and each trainable tensor on a line of its own."""
+        if self._file is not None:
+            return self._file
         lines = [f"  {json.dumps(key)}: {_spread(value)}" for key, value in self.to_json().items()]
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
@@ -212,9 +218,7 @@ def growth_of(manifest: Manifest) -> Growth:
 
 def grown_config(text: str, plan: Plan, manifest: Manifest, architecture: Architecture) -> str:
     """config.json of the result: the base's text with the Plan's edits and the manifest's digest."""
-    for edit in plan.config:
-        text = set_value(text, edit.path, edit.value)
-    return set_value(text, CONFIG_KEY, manifest.config_entry(architecture))
+    return set_value(edited(text, plan.config), CONFIG_KEY, manifest.config_entry(architecture))
 
 
 def previous(manifest: Manifest) -> Manifest | None:
@@ -228,11 +232,19 @@ def previous(manifest: Manifest) -> Manifest | None:
         return None
 
 
+def manifest_file(given: Path) -> Path:
+    """A manifest's file, where that or the folder that holds it is given."""
+    return given / MANIFEST if given.is_dir() else given
+
+
 def load_manifest(path: Path) -> Manifest:
     """The manifest in a file, or in a grown checkpoint's folder. Raises FormatError for anything else."""
-    path = path / MANIFEST if path.is_dir() else path
+    path = manifest_file(path)
     try:
-        return _typed(_parsed(path.read_bytes(), path))
+        text = path.read_bytes()
+        manifest = _typed(_parsed(text, path))
+        object.__setattr__(manifest, "_file", text.decode())
+        return manifest
     except OSError as error:
         raise FormatError(f"it cannot be read ({error.strerror})", file=str(path)) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:

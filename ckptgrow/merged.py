@@ -17,6 +17,7 @@ from ckptgrow.equivalence import SHOWN, Answer, Finding, Progress
 from ckptgrow.families import Architecture, Mlp
 from ckptgrow.numeric import FLOATS
 from ckptgrow.probe import ACTIVATIONS, INPUTS, activation_name, forward, random_inputs
+from ckptgrow.progress import uncounted
 
 NOISE = 1e-11  # float64 sums in another order, relative to the largest output
 
@@ -35,7 +36,7 @@ def merged(
         name = activation_name(base.config, mlp)
         if name not in ACTIVATIONS:
             return Answer("proved", "not run", f"the activation {name!r} is not known here")
-        for expert in range(mlp.experts) if mlp.experts > 1 else (None,):
+        for expert in mlp.numbers:
             off, allowed = _off(base, skills, result, mlp, ACTIVATIONS[name], expert, rounded, progress)
             worst, count = max(worst, off), count + 1
             if not off <= allowed:  # not a number is no agreement either
@@ -57,14 +58,10 @@ def _off(
 ) -> tuple[float, float]:
     """(the relative difference of one MLP's output, how large it may be)."""
     inputs = random_inputs(mlp, mlp.hidden).double()
-
-    def silent(_: int) -> None:
-        """Only what is new counts as progress."""
-
-    mine = forward(base, mlp, activation, inputs, silent, expert)
+    mine = forward(base, mlp, activation, inputs, uncounted, expert)
     expected, size = mine.clone(), float(mine.abs().max())
     for weight, grown in skills:
-        its = forward(grown, mlp, activation, inputs, silent, expert)
+        its = forward(grown, mlp, activation, inputs, uncounted, expert)
         expected += float(weight) * (its - mine)
         size = max(size, float(its.abs().max()), float(expected.abs().max()))
     got = forward(result, mlp, activation, inputs, progress, expert)

@@ -80,7 +80,7 @@ def _trainable(mixed: Mixed) -> Iterator[Trainable]:
 
 def _blocks(mixed: Mixed) -> Iterator[GrownBlock]:
     """Each MLP; which base unit a unit copies cannot be said of a skill's own."""
-    outputs = {output.name: output for output in mixed.plan.outputs}
+    outputs = mixed.plan.named
     for mlp in mixed.architecture.mlps:
         down = outputs[mlp.down]
         if down.member:

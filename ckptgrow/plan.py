@@ -174,6 +174,11 @@ class Plan:
     outputs: tuple[Output, ...]
     config: tuple[Edit, ...] = ()
 
+    @property
+    def named(self) -> dict[str, Output]:
+        """The outputs by name."""
+        return {output.name: output for output in self.outputs}
+
     def check(self, sources: Sources) -> None:
         """Raise PlanError where an output does not fit its own shape or the tensors it is made of."""
         names = [output.name for output in self.outputs]

@@ -5,7 +5,7 @@ A policy says which parts of which roles train; the boxes of the freeze mask are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -60,9 +60,14 @@ def boxes(output: Output, policy: Policy) -> tuple[Box, ...]:
     """
     if not output.grown():
         return ()
-    whole = [(0, size) for size in output.shape]
     spans = joined(span for lane in output.lanes() for span in _trained(output, policy, *lane))
-    return tuple((*whole[: output.axis], span, *whole[output.axis + 1 :]) for span in spans)
+    return across(output.shape, output.axis, spans)
+
+
+def across(shape: tuple[int, ...], axis: int, spans: Iterable[tuple[int, int]]) -> tuple[Box, ...]:
+    """Ranges along one axis as boxes, whole across the other dimensions."""
+    whole = [(0, size) for size in shape]
+    return tuple((*whole[:axis], span, *whole[axis + 1 :]) for span in spans)
 
 
 def _trained(output: Output, policy: Policy, lane: str, start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -46,7 +46,7 @@ def probed(base: Checkpoint, grown: Checkpoint, architecture: Architecture, prog
         name = activation_name(base.config, mlp)
         if name not in ACTIVATIONS:
             return Answer("probed", "not run", f"the activation {name!r} is not known here")
-        for expert in range(mlp.experts) if mlp.experts > 1 else (None,):
+        for expert in mlp.numbers:
             inputs, count = random_inputs(mlp, mlp.hidden), count + 1
             expected, got = (forward(c, mlp, ACTIVATIONS[name], inputs, progress, expert) for c in (base, grown))
             if not bool(expected.isfinite().all()):

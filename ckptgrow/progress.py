@@ -21,5 +21,9 @@ class Meter:
             self._report(self._stage, self._done, self._total)
 
 
+def uncounted(step: int) -> None:
+    """Steps of something that is no stage of its own."""
+
+
 def silent(stage: str, done: int, total: int) -> None:
     """The progress of a verb that nobody watches."""

@@ -34,12 +34,11 @@ class Run:
 def prove(plan: Plan, base: Mapping[str, TensorInfo], architecture: Architecture) -> int:
     """Raise PlanError unless the Plan keeps the base's function; return how many base units were proved."""
     plan.check({"base": base})
-    outputs = {output.name: output for output in plan.outputs}
+    outputs = plan.named
     for name in base.keys() - outputs.keys():
         raise PlanError("the Plan loses it", tensor=name)
-    inside = {name for mlp in architecture.mlps for name in mlp.tensors}
     for name, output in outputs.items():
-        if name not in inside and (name not in base or output.member or not output.is_copy_of(base[name])):
+        if name not in architecture.names and (name not in base or output.member or not output.is_copy_of(base[name])):
             raise PlanError("it is in no MLP, and yet it would change", tensor=name)
     widths = {mlp.block: _prove_mlp(outputs, mlp, base, architecture) for mlp in architecture.mlps}
     _prove_config(plan, architecture, widths)

@@ -21,7 +21,16 @@ from ckptgrow.errors import RequestError
 from ckptgrow.execute import made
 from ckptgrow.identity import Base
 from ckptgrow.lineage import Past, belonging, recall, stranger
-from ckptgrow.manifest import CONFIG_KEY, Manifest, check_described, grown_config, history, load_manifest, named_in
+from ckptgrow.manifest import (
+    CONFIG_KEY,
+    Manifest,
+    check_described,
+    grown_config,
+    history,
+    load_manifest,
+    manifest_file,
+    named_in,
+)
 from ckptgrow.plan import Output
 from ckptgrow.surgery import BASE
 from ckptgrow.tensors import TensorInfo
@@ -74,7 +83,7 @@ def open_reference(folder: Path, trained: Trained, manifest: Path | None = None)
     history(opened)  # raises where its own manifest is another checkpoint's
     path = _found(folder, trained, manifest)
     described = load_manifest(path)
-    text = path.read_bytes()
+    text = described.text().encode()
     notes = tuple(belonging(trained, text, path))
     if named_in(opened.config) == digest_of(text):
         check_described(opened, described)
@@ -93,7 +102,7 @@ def open_reference(folder: Path, trained: Trained, manifest: Path | None = None)
 def _found(folder: Path, trained: Trained, manifest: Path | None) -> Path:
     """The manifest's file: the one asked for, the one that the trained checkpoint names, the one of the folder."""
     if manifest is not None:
-        return manifest / MANIFEST if manifest.is_dir() else manifest
+        return manifest_file(manifest)
     places = (folder, trained.folder, trained.folder.parent)
     paths = [place / MANIFEST for place in places if (place / MANIFEST).is_file()]
     named = [path for path in paths if digest_of(path.read_bytes()) == named_in(trained.config)]
@@ -132,5 +141,4 @@ def regrown(past: Past, base: Tensors, files: Checkpoint, text: bytes) -> Refere
     """What a growth makes of the base's tensors, which need not lie in `files`; `text` is its manifest's."""
     config = grown_config(files.config_text, past.plan, past.manifest, past.architecture)
     config = set_value(config, f"{CONFIG_KEY}.manifest", digest_of(text))  # an older version may write it otherwise
-    outputs = {output.name: output for output in past.plan.outputs}
-    return Reference(Regrown({BASE: base}, outputs), config, past.manifest, text, files)
+    return Reference(Regrown({BASE: base}, past.plan.named), config, past.manifest, text, files)

@@ -19,6 +19,7 @@ from ckptgrow.execute import write_shards
 from ckptgrow.layout import INDEX, lay
 from ckptgrow.manifest import CONFIG_KEY
 from ckptgrow.plan import Output, Part, Plan, Term, unchanged
+from ckptgrow.progress import uncounted
 from ckptgrow.staging import Staging, check_space
 from ckptgrow.traces import CAUSES
 from ckptgrow.trained import open_trained
@@ -94,7 +95,7 @@ def repair(job: Job, seen: Audit, drifted: tuple[Pair, ...], out: Path, progress
             staging.put(INDEX, layout.index)
         staging.put(MANIFEST, reference.manifest_text.decode())
         staging.put(CONFIG, _config(job))
-        again, _ = examine(compare_names(reference, open_trained(staging.folder)), lambda _: None)
+        again, _ = examine(compare_names(reference, open_trained(staging.folder)), uncounted)
         if again.cause != "nothing" or again.findings or again.total("changed") != seen.total("changed"):
             raise PlanError("the repaired checkpoint is not what it should be", hint="Nothing was kept. Report it.")
         staging.commit()

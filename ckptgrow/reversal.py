@@ -23,10 +23,11 @@ from ckptgrow.layout import INDEX, Layout, Shard
 from ckptgrow.lineage import Past, Told, find_manifest, pasts, stranger
 from ckptgrow.manifest import Manifest, load_manifest, previous
 from ckptgrow.plan import Plan, unchanged
+from ckptgrow.progress import uncounted
 from ckptgrow.reference import Reference, open_reference
 from ckptgrow.staging import Staging, check_space
 from ckptgrow.surgery import BASE
-from ckptgrow.tensors import LENGTH_BYTES
+from ckptgrow.tensors import framed
 from ckptgrow.trained import Trained, open_trained
 
 TRAINED = "trained"
@@ -69,11 +70,10 @@ class Undoing:
     @property
     def layout(self) -> Layout:
         """The files of the base, header bytes and all."""
-        outputs, told = {output.name: output for output in self.plan.outputs}, self.past.manifest.base
+        outputs, told = self.plan.named, self.past.manifest.base
         shards = []
         for file, header in self.past.base.headers.items():
-            text = told.shards[file]["text"].encode()
-            head = len(text).to_bytes(LENGTH_BYTES, "little") + text
+            head = framed(told.shards[file]["text"].encode())
             shards.append(Shard(file, header, tuple(outputs[t.name] for t in header.tensors), False, head))
         return Layout(tuple(shards), told.index)
 
@@ -94,7 +94,7 @@ def prepare(grown: Path, base: Path | None, given: Path | None, *, every: bool) 
             raise RequestError(": ".join(strange), file=str(base), hint="Give the checkpoint that was grown.")
         plan = Plan(tuple(unchanged(info, BASE) for info in source.infos.values()))
         return Undoing(past, len(growths), plan, {BASE: source}, (), (base,), None, notes)
-    names, said = names_of(growths[0], path, found)
+    names, said = names_of(growths[0], found)
     plan, doubtful = _inverted(growths)
     plan = renamed(plan, TRAINED, names)
     plan.check({TRAINED: found.infos})
@@ -115,10 +115,11 @@ def _inverted(growths: tuple[Past, ...]) -> tuple[Plan, tuple[str, ...]]:
     return whole, tuple(name for name in growths[-1].base.infos if name in doubtful)
 
 
-def names_of(last: Past, path: Path, found: Trained) -> tuple[dict[str, str], tuple[str, ...]]:
+def names_of(last: Past, found: Trained) -> tuple[dict[str, str], tuple[str, ...]]:
     """Grown name -> trained name, for every tensor of the grown checkpoint, and notes. Refuses a misfit."""
     told = Told(last)
-    reference = Reference(told, last.manifest.base.config, last.manifest, path.read_bytes(), last.base)
+    text = last.manifest.text().encode()
+    reference = Reference(told, last.manifest.base.config, last.manifest, text, last.base)
     job = compare_names(reference, found)
     for finding in job.findings:
         raise RequestError(finding.problem, file=str(found.folder), tensor=finding.tensor)
@@ -131,7 +132,7 @@ def names_of(last: Past, path: Path, found: Trained) -> tuple[dict[str, str], tu
 
 def check_doubtful(job: Undoing) -> None:
     """Raise RequestError where training changed what the frozen part alone does not determine."""
-    told, outputs = job.past.manifest.base.digests, {output.name: output for output in job.plan.outputs}
+    told, outputs = job.past.manifest.base.digests, job.plan.named
     changed = [name for name in job.doubtful if digest_of_output(outputs[name], job.sources) != told[name]]
     if changed:
         raise RequestError(f"{len(changed):,} {_why(job.past.manifest)}", tensor=changed[0], hint="Give --base BASE.")
@@ -181,7 +182,7 @@ def _how_far(job: Undoing, grown: Path, moved: tuple[Finding, ...]) -> tuple[Fin
     if job.reference is None:
         return tuple(replace(f, problem=f"{f.problem}; --manifest GROWN or audit says how far it moved") for f in moved)
     trained = open_trained(grown)
-    seen, _ = examine(compare_names(open_reference(job.reference, trained), trained), lambda _: None)
+    seen, _ = examine(compare_names(open_reference(job.reference, trained), trained), uncounted)
     drifts = {drift.tensor: drift for drift in seen.tensors}
     return tuple(
         replace(

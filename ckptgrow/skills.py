@@ -31,6 +31,7 @@ from ckptgrow.lineage import Past, Spans, find_manifest, recall, stranger
 from ckptgrow.manifest import CONFIG_KEY, grown_config, load_manifest
 from ckptgrow.matching import Renamed
 from ckptgrow.plan import Output, Part, Plan, Term, unchanged
+from ckptgrow.progress import uncounted
 from ckptgrow.reference import Reference, Regrown, regrown
 from ckptgrow.reversal import names_of
 from ckptgrow.tensors import TensorInfo, arrange
@@ -73,12 +74,12 @@ def from_itself(past: Past, text: bytes, trained: Renamed) -> tuple[Reference, t
         source=TRAINED,
     )
     moved = tuple(_moved(past, inverse, trained))
-    outputs = {output.name: output for output in inverse.plan.outputs}
+    outputs = inverse.plan.named
     return regrown(past, Regrown({TRAINED: trained}, outputs), past.base, text), moved
 
 
 def _moved(past: Past, inverse: Inverse, trained: Tensors) -> Iterator[Finding]:
-    told, grown = past.manifest.base.digests, {output.name: output for output in past.plan.outputs}
+    told, grown = past.manifest.base.digests, past.plan.named
     for output in inverse.plan.outputs:
         axis, spans = past.trained.get(output.name, (0, ()))
         if spans == ((0, grown[output.name].shape[axis]),):
@@ -113,12 +114,17 @@ def moved(reference: Reference, trained: Trained, progress: Progress) -> tuple[F
 def layout_of(past: Past, text: bytes, trained: Renamed) -> Layout:
     """The skill's one file, in the trained dtypes. A Plan of the source TRAINED."""
     outputs = tuple(_boxed(name, trained.infos[name], *past.trained[name]) for name in past.trained)
-    grown = {output.name: output.dtype for output in past.plan.outputs}
-    dtypes = {name: info.dtype for name, info in trained.infos.items() if info.dtype != grown[name]}
+    dtypes = _foreign(past, trained)
     told = json.dumps({"manifest": digest_of(text), "dtypes": dtypes}, sort_keys=True)
     header = arrange((output.info for output in outputs), {"format": "pt", METADATA_KEY: told})
     by_name = {output.name: output for output in outputs}
     return Layout((Shard(SKILL_FILE, header, tuple(by_name[t.name] for t in header.tensors), False),), None)
+
+
+def _foreign(past: Past, trained: Tensors) -> dict[str, str]:
+    """The dtypes in which tensors were trained that are not the grown ones."""
+    grown = past.plan.named
+    return {name: info.dtype for name, info in trained.infos.items() if info.dtype != grown[name].dtype}
 
 
 def _boxed(name: str, info: TensorInfo, axis: int, spans: Spans, source: str = TRAINED) -> Output:
@@ -144,7 +150,8 @@ def check_extracted(layout: Layout, trained: Renamed, written: Skill) -> None:
 
 def open_skill(folder: Path) -> Skill:
     """A skill folder. Raises FormatError where file and manifest are not whole or not each other's."""
-    past, text = recall(load_manifest(folder), str(folder / MANIFEST)), (folder / MANIFEST).read_bytes()
+    manifest = load_manifest(folder)
+    past, text = recall(manifest, str(folder / MANIFEST)), manifest.text().encode()
     tensors = open_file(folder, SKILL_FILE)
     try:
         told: dict[str, Any] = json.loads(tensors.headers[SKILL_FILE].metadata[METADATA_KEY])
@@ -174,16 +181,15 @@ def skill_in(folder: Path, base: Checkpoint) -> Skill:
         return skill
     found = open_trained(folder)
     path, _ = find_manifest(found, None)
-    text, past = path.read_bytes(), recall(load_manifest(path), str(path))
-    names, _ = names_of(past, path, found)
+    past = recall(load_manifest(path), str(path))
+    text = past.manifest.text().encode()
+    names, _ = names_of(past, found)
     mine = Renamed(found, names)
     layout = layout_of(past, text, mine)
     boxes = Regrown({TRAINED: mine}, {output.name: output for output in layout.shards[0].outputs})
-    grown = {output.name: output.dtype for output in past.plan.outputs}
-    dtypes = {name: info.dtype for name, info in mine.infos.items() if info.dtype != grown[name]}
-    skill = Skill(folder, past, text, boxes, dtypes)
+    skill = Skill(folder, past, text, boxes, _foreign(past, mine))
     check_base(base, skill)
-    for finding in moved(regrown(past, base, base, text), found, lambda _: None):
+    for finding in moved(regrown(past, base, base, text), found, uncounted):
         raise RequestError(f"outside the boxes, {finding.problem}", file=str(folder), tensor=finding.tensor)
     return skill
 

@@ -7,13 +7,15 @@ The sums are made as the executor makes them, in float64, and what float64 itsel
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from ckptgrow.execute import Block, Piece, Sources, blocks
 from ckptgrow.numeric import FLOATS, added, decode, rounded
-from ckptgrow.plan import Output, Part
+from ckptgrow.plan import Output, Part, Plan
+from ckptgrow.progress import Meter, Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,15 @@ class Rounding:
 def is_sum(part: Part) -> bool:
     """Whether the part's weights are computed, and not a source's bytes or zeros."""
     return len(part.terms) > 1 or any(term.scale != 1.0 for term in part.terms)
+
+
+def costs(plan: Plan, sources: Sources, report: Progress) -> dict[str, Rounding]:
+    """What is rounded in each output of a Plan that has sums."""
+    summed = [output for output in plan.outputs if any(is_sum(part) for part in output.parts)]
+    meter = Meter(report, "adding up", sum(output.info.nbytes for output in summed))
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        found = pool.map(lambda output: roundings(output, sources, meter), summed)
+        return {output.name: cost for output, cost in zip(summed, found, strict=True)}
 
 
 def roundings(output: Output, sources: Sources, progress: Callable[[int], None]) -> Rounding:

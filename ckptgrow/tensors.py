@@ -89,7 +89,12 @@ class Header:
             entries[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.start, t.stop]}
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(LENGTH_BYTES, "little") + text
+        return framed(text)
+
+
+def framed(text: bytes) -> bytes:
+    """Header JSON with its length in front, as a file begins."""
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def arrange(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> Header:

@@ -33,6 +33,7 @@ PURE += ["families.locate", "families"]
 PURE += ["surgery", "layout", "proof", "config"]
 ORDER = [
     *PURE,
+    "progress",
     "checkpoint",
     "numeric",
     "journal",
@@ -86,7 +87,6 @@ ORDER = [
     "card",
     "results",
     "lossy",
-    "progress",
     "operations.declaring",
     "operations.growing",
     "operations.auditing",

@@ -15,6 +15,7 @@ from typing import Any
 from ckptgrow.errors import FamilyError, RequestError
 from ckptgrow.families.form import Family, Rule, Site, Slot
 from ckptgrow.plan import Member
+from ckptgrow.tensors import TensorInfo
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Mlp:
         slot = self.tensors[name]
         lanes = slot.lanes if slot.block == 1 else ("scale",) * len(slot.lanes)
         return Member(self.block, self.layer, lanes, slot.bias, slot.places)
+
+    @property
+    def numbers(self) -> range | tuple[None]:
+        """The experts one by one; (None,) of an MLP that is not a stack of them."""
+        return range(self.experts) if self.experts > 1 else (None,)
 
     @cached_property
     def down(self) -> str:
@@ -210,10 +216,14 @@ class Architecture:
                     tensor=mlp.block
                 )
 
-    def holding(self, blocks: Collection[str]) -> Architecture:
-        """The groups of which these are blocks."""
-        kept = tuple(group for group in self.groups if any(mlp.block in blocks for mlp in group.mlps))
-        return replace(self, groups=kept)
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """All tensors of all MLPs."""
+        return frozenset(name for mlp in self.mlps for name in mlp.tensors)
+
+    def nbytes(self, infos: Mapping[str, TensorInfo]) -> int:
+        """How many bytes its MLPs have in a checkpoint, which may lack tensors."""
+        return sum(infos[name].nbytes for name in self.names if name in infos)
 
     def only(self, experts: str = "all") -> Architecture:
         """What grows where not all experts should: `shared` is what every token passes, a list names experts.

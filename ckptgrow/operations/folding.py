@@ -15,8 +15,8 @@ from ckptgrow import folding
 from ckptgrow.card import folded_card, licence
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, open_checkpoint
 from ckptgrow.config import set_value
-from ckptgrow.equivalence import Answer, proved, untouched
-from ckptgrow.errors import PlanError, RequestError
+from ckptgrow.equivalence import Answer, not_the_same, proved, untouched
+from ckptgrow.errors import RequestError
 from ckptgrow.execute import write_shards
 from ckptgrow.families import Architecture, Family, Mlp, locate
 from ckptgrow.folding import FLOAT32, TRAINED, Hints, hints_of
@@ -30,7 +30,7 @@ from ckptgrow.redundancy import DEAD, Redundancy, find
 from ckptgrow.regrouped import regrouped
 from ckptgrow.results import FoldedBlock, Folding, Left, Off
 from ckptgrow.staging import Staging, check_apart, check_space, check_target
-from ckptgrow.sums import Rounding, is_sum, roundings
+from ckptgrow.sums import Rounding, costs
 from ckptgrow.version import __version__
 
 Source = str | Path
@@ -174,7 +174,7 @@ def _prepare(origin: Origin, out: Path, wish: _Wish, report: Progress) -> _Job:
     architecture.check_plain("fold")
     wish.check(architecture.width)
     hints = hints_of(trained, architecture)
-    meter = Meter(report, "comparing units", _mlp_bytes(trained, architecture))
+    meter = Meter(report, "comparing units", architecture.nbytes(trained.infos))
     with ThreadPoolExecutor(max_workers=2) as pool:
         looked = pool.map(lambda m: find(trained, m, hints.partners(m), wish.atol, meter), architecture.mlps)
         found = list(looked)
@@ -231,11 +231,12 @@ def _planned(job: _Job, found: list[Redundancy], width: int, wish: _Wish, report
     made |= _blended(job, [one.mlp for one in found if one.needed > width], width, report)
     plan = folding.fold(trained.infos, architecture, made, width)
     plan.check({TRAINED: trained.infos})
-    rounding = _rounding(plan, trained, report)
+    rounding = costs(plan, {TRAINED: trained}, report)
     wide = [name for name, cost in rounding.items() if cost.rounded] if wish.dtype else []
     if wide:
         plan = folding.widened(plan, wide, trained, architecture)
-        rounding |= _rounding(replace(plan, outputs=tuple(o for o in plan.outputs if o.name in wide)), trained, report)
+        again = replace(plan, outputs=tuple(output for output in plan.outputs if output.name in wide))
+        rounding |= costs(again, {TRAINED: trained}, report)
     _check_size(rounding, plan)
     layout = lay(plan, trained.headers, trained.infos, trained.index, TRAINED)
     copied, _ = trained.companions()
@@ -266,15 +267,6 @@ def _blended(job: _Job, mlps: list[Mlp], width: int, report: Progress) -> dict[s
     return {m.block: blended(job.trained, job.architecture, m, width, job.hints.partners(m), meter) for m in mlps}
 
 
-def _rounding(plan: Plan, trained: Checkpoint, report: Progress) -> dict[str, Rounding]:
-    """What is rounded in each output that has sums."""
-    summed = [output for output in plan.outputs if any(is_sum(part) for part in output.parts)]
-    meter = Meter(report, "adding up", sum(output.info.nbytes for output in summed))
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        costs = pool.map(lambda output: roundings(output, {TRAINED: trained}, meter), summed)
-        return {output.name: cost for output, cost in zip(summed, costs, strict=True)}
-
-
 def _check_size(rounding: dict[str, Rounding], plan: Plan) -> None:
     dtypes = {output.name: output.dtype for output in plan.outputs}
     for name, cost in rounding.items():
@@ -284,10 +276,6 @@ def _check_size(rounding: dict[str, Rounding], plan: Plan) -> None:
                 tensor=name,
                 hint="Give --dtype float32." if dtypes[name] != FLOAT32 else None,
             )
-
-
-def _mlp_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
-    return sum(checkpoint.infos[name].nbytes for mlp in architecture.mlps for name in mlp.tensors)
 
 
 # ---------------------------------------------------------------- writing
@@ -337,11 +325,7 @@ def _checked(job: _Job, written: Checkpoint, report: Progress) -> tuple[Answer, 
     answers = tuple(_answers(job, written, report))
     for answer in answers:
         for finding in answer.findings if answer.verdict == "no" else ():
-            raise PlanError(
-                f"what was written is not the same function ({finding.problem})",
-                tensor=finding.tensor,
-                hint="Nothing was kept. This is a bug in ckptgrow or a failing disk: please report it.",
-            )
+            raise not_the_same(finding)
     return answers
 
 
@@ -354,14 +338,14 @@ def _measured(job: _Job, staging: Staging, report: Progress) -> tuple[Off, ...]:
         staging.put(INDEX, job.layout.index)
     written = open_checkpoint(staging.folder)
     architecture = locate(written.config, written.infos, family=job.architecture.family)
-    nbytes = _mlp_bytes(job.trained, job.architecture) + _mlp_bytes(written, architecture)
+    nbytes = job.architecture.nbytes(job.trained.infos) + architecture.nbytes(written.infos)
     return measured(written, job.trained, architecture, job.architecture, Meter(report, "measuring", nbytes))
 
 
 def _answers(job: _Job, written: Checkpoint, report: Progress) -> Iterator[Answer]:
     """The trained one is a growth of the folded one where only columns were added; else its gates lead to the same."""
     trained, architecture = job.trained, locate(written.config, written.infos, family=job.architecture.family)
-    inside = _mlp_bytes(trained, job.architecture) + _mlp_bytes(written, architecture)
+    inside = job.architecture.nbytes(trained.infos) + architecture.nbytes(written.infos)
     outside = trained.tensor_bytes + written.tensor_bytes - inside
     yield untouched(written, trained, architecture, Meter(report, "comparing", outside))
     if job.inexact:

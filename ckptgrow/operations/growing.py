@@ -12,7 +12,7 @@ from pathlib import Path
 from ckptgrow import equivalence, surgery
 from ckptgrow.card import card, licence
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, open_checkpoint
-from ckptgrow.errors import FamilyError, FormatError, PlanError
+from ckptgrow.errors import FamilyError, FormatError
 from ckptgrow.execute import write_shards
 from ckptgrow.families import EVERY, Architecture, Family, locate, ties
 from ckptgrow.hub import Origin, fetch, preview
@@ -151,7 +151,7 @@ def verify(
     if answers[-1].findings:
         answers.append(equivalence.Answer("probed", "not run", "the MLPs are not the same on their weights"))
     else:
-        meter = Meter(report, "probing", _mlp_bytes(one, other, architecture))
+        meter = Meter(report, "probing", sum(architecture.nbytes(checkpoint.infos) for checkpoint in (one, other)))
         answers.append(probed(one, other, architecture, meter))
     if logits is not None:
         from ckptgrow.logits import compared
@@ -328,24 +328,14 @@ def _verified(job: _Job, folder: Path, report: Progress) -> Verification:
     answers = tuple(_answers(job.base, written, job.architecture, report))
     verification = Verification(job.origin.id, job.proposal.out, answers)
     if verification.exit_code:
-        finding = next(finding for answer in answers for finding in answer.findings)
-        raise PlanError(
-            f"what was written is not the same function ({finding.problem})",
-            tensor=finding.tensor,
-            hint="Nothing was kept. This is a bug in ckptgrow or a failing disk: please report it.",
-        )
+        raise equivalence.not_the_same(next(finding for answer in answers for finding in answer.findings))
     return verification
 
 
 def _answers(
     one: Checkpoint, other: Checkpoint, architecture: Architecture, report: Progress
 ) -> Iterator[equivalence.Answer]:
-    inside = _mlp_bytes(one, other, architecture)
+    inside = sum(architecture.nbytes(checkpoint.infos) for checkpoint in (one, other))
     outside = one.tensor_bytes + other.tensor_bytes - inside
     yield equivalence.untouched(one, other, architecture, Meter(report, "comparing", outside))
     yield equivalence.proved(one, other, architecture, Meter(report, "proving", inside))
-
-
-def _mlp_bytes(one: Checkpoint, other: Checkpoint, architecture: Architecture) -> int:
-    names = {name for mlp in architecture.mlps for name in mlp.tensors}
-    return sum(c.infos[name].nbytes for c in (one, other) for name in names if name in c.infos)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Literal
 
 from ckptgrow.card import licence, merged_card
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, Tensors, open_checkpoint
-from ckptgrow.config import set_value
+from ckptgrow.config import edited, set_value
 from ckptgrow.equivalence import Answer, untouched
 from ckptgrow.errors import PlanError, RequestError
 from ckptgrow.execute import write_shards
@@ -30,7 +29,7 @@ from ckptgrow.reference import Regrown
 from ckptgrow.results import Merging
 from ckptgrow.skills import SKILL, Skill, applied, skill_in, spliced
 from ckptgrow.staging import Staging, check_apart, check_space, check_target
-from ckptgrow.sums import Rounding, is_sum, roundings
+from ckptgrow.sums import Rounding, costs
 from ckptgrow.surgery import BASE
 
 Source = str | Path
@@ -121,7 +120,7 @@ def _prepare(
     plan = merge_plan(opened.infos, architecture, list(_ingredients(skills, weights)))
     sources: dict[str, Tensors] = {BASE: opened} | {_source(i): skill.tensors for i, skill in enumerate(skills)}
     plan.check({name: source.infos for name, source in sources.items()})
-    costs = _rounding(plan, sources, report)
+    found = costs(plan, sources, report)
     wide = {name for skill, weight in zip(skills, weights, strict=True) if weight for name in _wider(skill)}
     if wide and dtype is None:
         raise RequestError(
@@ -131,13 +130,13 @@ def _prepare(
             hint="Give --dtype float32, or a skill extracted from a checkpoint in the base's dtype.",
         )
     if dtype is not None:
-        plan = widened(plan, {name for name, cost in costs.items() if cost.rounded} | wide, opened, architecture)
-        costs = _rounding(plan, sources, report)
-    for name, cost in costs.items():
+        plan = widened(plan, {name for name, cost in found.items() if cost.rounded} | wide, opened, architecture)
+        found = costs(plan, sources, report)
+    for name, cost in found.items():
         if cost.too_large:
             raise RequestError(f"{cost.too_large:,} of its weights become too large for their dtype", tensor=name)
     layout = lay(plan, opened.headers, opened.infos, opened.index)
-    return _Job(opened, architecture, skills, weights, plan, layout, sum(costs.values(), Rounding()))
+    return _Job(opened, architecture, skills, weights, plan, layout, sum(found.values(), Rounding()))
 
 
 def _architecture(skills: Sequence[Skill]) -> Architecture:
@@ -172,7 +171,7 @@ def _check_different(skills: Sequence[Skill]) -> None:
 
 def _ingredients(skills: Sequence[Skill], weights: Sequence[Fraction]) -> Iterator[Ingredient]:
     for i, (skill, weight) in enumerate(zip(skills, weights, strict=True)):
-        outputs = {output.name: output for output in spliced(skill, _source(i)).outputs}
+        outputs = spliced(skill, _source(i)).named
         moved = frozenset(mlp.block for mlp in skill.past.architecture.mlps if _moves_rows(skill, mlp))
         yield Ingredient(outputs, weight, skill.past.manifest.inexact_halves == 0, moved)
 
@@ -184,20 +183,11 @@ def _moves_rows(skill: Skill, mlp: Mlp) -> bool:
         if slot.shared or not spans:
             continue
         old = int(mlp.width * slot.places)
-        lane = next(o for o in skill.past.plan.outputs if o.name == name).shape[axis] // len(slot.lanes)
+        lane = skill.past.plan.named[name].shape[axis] // len(slot.lanes)
         starts = [i * lane for i in range(len(slot.lanes))]
         if any(a < start + old and start < b for start in starts for a, b in spans):
             return True
     return False
-
-
-def _rounding(plan: Plan, sources: Mapping[str, Tensors], report: Progress) -> dict[str, Rounding]:
-    """What is rounded in each output that has sums."""
-    summed = [output for output in plan.outputs if any(is_sum(part) for part in output.parts)]
-    meter = Meter(report, "adding up", sum(output.info.nbytes for output in summed))
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        costs = pool.map(lambda output: roundings(output, sources, meter), summed)
-        return {output.name: cost for output, cost in zip(summed, costs, strict=True)}
 
 
 # ---------------------------------------------------------------- writing
@@ -211,9 +201,7 @@ def _write_rest(job: _Job, staging: Staging) -> Manifest | None:
     if job.layout.index is not None:
         staging.put(INDEX, job.layout.index)
     mixed = Mixed(job.plan, base, job.architecture, [skill.past.manifest for skill in job.skills], job.weights)
-    manifest, config = merge_manifest(mixed), base.config_text
-    for edit in job.plan.config:
-        config = set_value(config, edit.path, edit.value)
+    manifest, config = merge_manifest(mixed), edited(base.config_text, job.plan.config)
     if manifest is not None:
         staging.put(MANIFEST, manifest.text())
         staging.put(CARD, merged_card(manifest, licence(base.folder / CARD)))
@@ -226,13 +214,12 @@ def _checked(job: _Job, written: Checkpoint, report: Progress) -> Iterator[Answe
     """What was written, read again. Raises PlanError unless it is the base plus the skills."""
     from ckptgrow.merged import merged
 
-    inside = {name for mlp in job.architecture.mlps for name in mlp.tensors}
-    outside = sum(info.nbytes for name, info in job.base.infos.items() if name not in inside)
+    outside = job.base.tensor_bytes - job.architecture.nbytes(job.base.infos)
     grown = [
-        (weight, Regrown({BASE: job.base, SKILL: skill.tensors}, {o.name: o for o in applied(skill, job.base).outputs}))
+        (weight, Regrown({BASE: job.base, SKILL: skill.tensors}, applied(skill, job.base).named))
         for skill, weight in zip(job.skills, job.weights, strict=True)
     ]
-    proving = Meter(report, "proving", sum(written.infos[name].nbytes for name in inside))
+    proving = Meter(report, "proving", job.architecture.nbytes(written.infos))
     for answer in (
         untouched(job.base, written, job.architecture, Meter(report, "comparing", 2 * outside)),
         merged(job.base, grown, written, job.architecture, bool(job.rounding.rounded), proving),

@@ -58,7 +58,7 @@ class Handle(ABC):
     def __init__(self, model: nn.Module, manifest: Manifest, targets: tuple[Target, ...]) -> None:
         self.model, self.manifest, self.targets = model, manifest, targets
         self._before = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-        self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self.seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         model.requires_grad_(False)
         self._install()
         self._prints = {name: _print(tensor, cut) for name, tensor, cut in self._frozen()}
@@ -140,11 +140,11 @@ class Handle(ABC):
 
         Where the step itself runs the backward pass (a closure, as Lightning's), there are none yet: look again.
         """
-        if optimizer not in self._seen:
+        if optimizer not in self.seen:
             self._check_optimizer(optimizer)
             self._check_gradients(optimizer)
             if any(parameter.grad is not None for parameter in _parameters(optimizer)):
-                self._seen.add(optimizer)
+                self.seen.add(optimizer)
 
     @abstractmethod
     def _check_optimizer(self, optimizer: Optimizer) -> None:
@@ -175,7 +175,7 @@ def _watch_optimizers() -> RemovableHandle:
 
 def _first_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for handle in list(_LIVE):
-        if handle.concerns(optimizer):
+        if optimizer in handle.seen or handle.concerns(optimizer):  # the second asks every parameter
             handle.before_first_step(optimizer)
 
 

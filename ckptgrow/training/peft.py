@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ckptgrow.manifest import Manifest
-from ckptgrow.policy import Box
+from ckptgrow.policy import Box, across
 from ckptgrow.training.cut import Cut
 from ckptgrow.training.mask import MaskHandle
 from ckptgrow.training.resolve import FreezeError, Target, find_manifest, resolve
@@ -110,10 +110,7 @@ def _factors(name: str, layer: Any, target: Target) -> Iterator[Target]:
 
 
 def _boxes(shape: tuple[int, ...], cut: Cut | None) -> tuple[Box, ...]:
-    whole = [(0, size) for size in shape]
-    if cut is None:
-        return (tuple(whole),)
-    return tuple((*whole[: cut.axis], span, *whole[cut.axis + 1 :]) for span in cut.trained)
+    return across(shape, cut.axis, cut.trained) if cut else across(shape, 0, [(0, shape[0])])
 
 
 def _check_alone(model: nn.Module, targets: tuple[Target, ...]) -> None:

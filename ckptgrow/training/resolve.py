@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ckptgrow.checkpoint import MANIFEST, digest_of
+from ckptgrow.checkpoint import MANIFEST
 from ckptgrow.errors import CkptgrowError, FormatError
 from ckptgrow.hub import preview
 from ckptgrow.manifest import CONFIG_KEY, Manifest, Trainable, load_manifest
@@ -47,20 +47,17 @@ class Target:
 
 def find_manifest(model: nn.Module, manifest: Manifest | Path | str | None) -> Manifest:
     """The manifest asked for, or the one beside the model's checkpoint, held against the digest in its config."""
-    if isinstance(manifest, Manifest):
-        found, its = manifest, manifest.digest
-    else:
-        path = Path(manifest) if manifest is not None else _beside(model)
-        found, its = load_manifest(path), digest_of((path / MANIFEST if path.is_dir() else path).read_bytes())
+    if not isinstance(manifest, Manifest):
+        manifest = load_manifest(Path(manifest) if manifest is not None else _beside(model))
     entry = getattr(_config(model), CONFIG_KEY, None)
     digest = entry.get("manifest") if isinstance(entry, Mapping) else None
-    if digest not in (None, its):
+    if digest not in (None, manifest.digest):
         raise FreezeError(
-            f"the manifest's digest {its[:15]}... is not the {digest[:15]}... in the model's config",
-            tensor=found.trainable[0].name,
+            f"the manifest's digest {manifest.digest[:15]}... is not the {digest[:15]}... in the model's config",
+            tensor=manifest.trainable[0].name,
             hint=f"Pass the {MANIFEST} of the checkpoint that this model was loaded from.",
         )
-    return found
+    return manifest
 
 
 def resolve(model: nn.Module, manifest: Manifest) -> tuple[Target, ...]:
