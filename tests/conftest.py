@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,17 @@ def real_gemma() -> Path:
     if not folder or not Path(folder, "config.json").is_file():
         pytest.skip("set CKPTGROW_GEMMA to the folder of a real Gemma 3 270M")
     return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def quiet() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads; bars of loading are of no use here."""
+    import torch
+    import transformers
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    yield
+    torch.set_num_threads(before)
+    transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -20,6 +20,7 @@ pytest.importorskip("transformers", reason="holds the table against real transfo
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from test_transformers import randomised
 from torch import nn
 
 import ckptgrow
@@ -56,11 +57,7 @@ def build(case: dict[str, Any], folder: Path, **saving: Any) -> Path:
     """Save the tiny model in float32, every weight random: norms near 1, biases not 0."""
     kind = transformers.CONFIG_MAPPING[case["model_type"]]
     model = getattr(transformers, case["class"])(kind(**options(kind(), case["options"]))).float().eval()
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(parameter + 0.2 * noise if parameter.dim() == 1 else 0.15 * noise)
+    randomised(model)
     model.save_pretrained(folder, **saving)
     return folder
 

@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="holds ckptgrow against real transfor
 
 import torch
 import transformers
-from test_transformers import COMMON, WIDTH, load
+from test_transformers import COMMON, WIDTH, load, randomised
 from torch import nn
 
 import ckptgrow
@@ -42,11 +42,7 @@ def make(tmp_path: Path) -> Make:
         transformers.logging.disable_progress_bar()
         config = transformers.AutoConfig.for_model(model_type, **COMMON | {"num_hidden_layers": 4} | CASES[model_type])
         model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-        generator = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(parameter + 0.2 * noise if parameter.dim() == 1 else 0.15 * noise)
+        randomised(model)
         model.save_pretrained(tmp_path / "base")
         return tmp_path / "base"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from strategies import LAYOUTS
 
 import ckptgrow
+from ckptgrow.checkpoint import MANIFEST, digest_of
 from ckptgrow.manifest import along, load_manifest
 from ckptgrow.policy import POLICIES
 
@@ -207,3 +209,18 @@ def test_header_digest_reads_like_safetensors(base: Path, tmp_path: Path) -> Non
         with safe_open(file, "pt") as mine, safe_open(tmp_path / "out" / file.name, "pt") as its:
             assert sorted(mine.keys()) == sorted(its.keys())
             assert mine.metadata() == its.metadata() == {"format": "pt"}
+
+
+def test_a_manifest_is_known_by_the_text_it_was_read_from(base: Path, tmp_path: Path) -> None:
+    """Another version may write the same value otherwise; config.json names the file. A changed copy is no file."""
+    ckptgrow.expand(base, tmp_path / "out")
+    path = tmp_path / "out" / MANIFEST
+    ours = load_manifest(path)
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
+    theirs = load_manifest(path)
+    assert theirs == ours
+    assert theirs.to_json() == ours.to_json()
+    assert theirs.text() == path.read_text()
+    assert theirs.digest == digest_of(path.read_bytes()) != ours.digest
+    assert replace(theirs, policy="up").digest != theirs.digest
+    assert replace(theirs).digest == replace(ours).digest == ours.digest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="loads the mask with real transformer
 
 import torch
 import transformers
+from test_transformers import COMMON, GEMMA, VISION
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,31 +23,10 @@ from ckptgrow.manifest import load_manifest
 # PEFT asks transformers 5 for a property by its old name.
 pytestmark = [
     pytest.mark.transformers,
+    pytest.mark.usefixtures("quiet"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GEMMA = COMMON | {"query_pre_attn_scalar": 8, "sliding_window": 8}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 28,
-    "patch_size": 14,
-}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": COMMON | {"mlp_bias": True, "tie_word_embeddings": True},
     "phi3": COMMON,
@@ -55,17 +35,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 TOKENS = torch.randint(3, 56, (4, 10), generator=torch.Generator().manual_seed(0))
 Grow = Callable[..., Path]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads; bars of loading are of no use here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    yield
-    torch.set_num_threads(before)
-    transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ckptgrow.policy import POLICIES
 from ckptgrow.training import FreezeError, How, freeze
 from ckptgrow.training.transformers import FreezeCallback
 
-pytestmark = pytest.mark.transformers
+pytestmark = [pytest.mark.transformers, pytest.mark.usefixtures("quiet")]
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"mlp_bias": True, "tie_word_embeddings": True},
@@ -41,17 +41,6 @@ CHECKPOINTING = (
     "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
 )
 Grow = Callable[..., Path]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads; bars of loading are of no use here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    yield
-    torch.set_num_threads(before)
-    transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture

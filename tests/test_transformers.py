@@ -165,6 +165,11 @@ def build(case: Case, **changes: Any) -> nn.Module:
     """The tiny model in float32, every weight random: norms near 1, biases not 0."""
     config = transformers.AutoConfig.for_model(case.model_type, **copy.deepcopy(case.options | changes))
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    return randomised(model)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """The model with every weight random: norms near 1, biases not 0."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
