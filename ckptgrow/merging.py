@@ -3,22 +3,28 @@
 Units whose rows a skill left as the base's are not doubled: their columns are added up in the base's own units, with
 the coefficient (1 - Σ λᵢ) + Σ λᵢ·sᵢ, where sᵢ is the share of the column that skill i's frozen original keeps. With
 even shares that is 1 - ½·Σ λᵢ. Where it is zero for all units of an MLP they are left out, so two skills at λ = 1 are
-no wider than one. Behind them lie the units that are each skill's own, their columns times λᵢ. An MLP that needs fewer
-units than the widest is filled up with copies of the base's units whose columns are zero (METHOD.md 7).
+no wider than one. Behind them lie the units that are each skill's own, their columns times λᵢ.
+
+A skill adds nothing to an MLP that it did not grow, so the sums are those of the skills that did: skills of other
+layers, towers or experts meet nowhere. What one skill alone grew, at λ = 1, is that skill's MLP as it is, and this is
+all that can be had where an MLP is no sum over its units. One that needs fewer units than its config key says is filled
+up with copies of its own units whose columns are zero (METHOD.md 7); where the key is a list each has its own width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
+from functools import cached_property
+from itertools import cycle, pairwise
 
-from ckptgrow.errors import RequestError
+from ckptgrow.errors import CkptgrowError, RequestError
 from ckptgrow.families import Architecture, Group, Mlp
 from ckptgrow.inversion import HALF
 from ckptgrow.plan import Edit, Output, Part, Plan, Share, Term, unchanged
-from ckptgrow.surgery import BASE, rounds
+from ckptgrow.surgery import BASE
 from ckptgrow.tensors import TensorInfo
 
 
@@ -34,87 +40,136 @@ class Ingredient:
     exact_halves: bool
     moved_rows: frozenset[str]
 
+    def grew(self, mlp: Mlp) -> bool:
+        """Whether it has units of its own in that MLP."""
+        return bool(self._any(mlp).member and self._any(mlp).grown())
+
     def first(self, mlp: Mlp) -> int:
         """The first unit that is the skill's own and not the base's."""
         return 0 if mlp.block in self.moved_rows else mlp.width
 
+    def width(self, mlp: Mlp) -> int:
+        """How many units the MLP has in the trained checkpoint."""
+        output = self._any(mlp)
+        return int(output.extent // output.lane_count / mlp.tensors[output.name].places)
+
+    def _any(self, mlp: Mlp) -> Output:
+        return self.outputs[next(iter(mlp.tensors))]
+
+
+@dataclass(frozen=True)
+class _Mix:
+    """One MLP and the skills that grew it; `rigid`: it is no sum over its units."""
+
+    mlp: Mlp
+    infos: Mapping[str, TensorInfo]
+    skills: tuple[Ingredient, ...]
+    rigid: bool
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is one skill's MLP as it is."""
+        return len(self.skills) == 1 and self.skills[0].weight == 1
+
+    @cached_property
+    def kept(self) -> bool:
+        """Whether any of the base's own units has a column left."""
+        return any(
+            part.terms
+            for name, slot in self.mlp.tensors.items()
+            if slot.shared
+            for lane in range(len(slot.lanes))
+            for part in _columns(self.mlp, self.infos[name], lane, self.skills)
+        )
+
+    def needed(self, kept: bool) -> int:
+        """How many units it has without filling."""
+        if self.alone:
+            return self.skills[0].width(self.mlp)
+        return kept * self.mlp.width + sum(skill.width(self.mlp) - skill.first(self.mlp) for skill in self.skills)
+
 
 def merge(infos: Mapping[str, TensorInfo], architecture: Architecture, skills: Sequence[Ingredient]) -> Plan:
     """The Plan of the merged checkpoint; skills with weight 0 take no part. Raises RequestError for what has none."""
-    live = [skill for skill in skills if skill.weight]
     made: dict[str, Output] = {}
     edits: list[Edit] = []
     for group in architecture.groups:
-        _check_group(architecture, group)
-        kept = {mlp.block: _is_kept(mlp, infos, live) for mlp in group.mlps}
-        needed = {
-            mlp.block: kept[mlp.block] * mlp.width + sum(_own(mlp, skill) for skill in live) for mlp in group.mlps
-        }
-        width = max(needed.values())
-        if width == group.width and all(kept.values()) and not any(_own(m, s) for m in group.mlps for s in live):
+        mixes = [_mix(mlp, infos, skills, architecture) for mlp in group.mlps]
+        if not any(mix.skills for mix in mixes):
             continue
-        edits += [Edit(*edit) for edit in group.edits(dict.fromkeys(needed, width)).items()]
-        for mlp in group.mlps:
-            for name in mlp.tensors:
-                made[name] = _merged(mlp, infos[name], live, kept[mlp.block], width)
+        # an expert without down has no column to tell: it keeps step with the others, whose rows a loader stacks
+        spare = any(mix.kept for mix in mixes)
+        kept = {mix.mlp.block: mix.kept if mix.mlp.down else spare for mix in mixes}
+        widths = _widths(group, mixes, {mix.mlp.block: mix.needed(kept[mix.mlp.block]) for mix in mixes})
+        edits += [Edit(*edit) for edit in group.edits(widths).items()]
+        for mix in mixes:
+            block, mlp = mix.mlp.block, mix.mlp
+            for name in mlp.tensors if mix.skills or widths[block] != mlp.width else ():
+                made[name] = _merged(mix, name, kept[block], widths[block])
     return Plan(tuple(made.get(name) or unchanged(info, BASE) for name, info in infos.items()), tuple(edits))
 
 
-def _check_group(architecture: Architecture, group: Group) -> None:
-    """Raise RequestError where an MLP is no sum over its units, or not all have one width."""
-    for mlp in group.mlps:
-        if architecture.family.statistics or mlp.site.template.normed:
-            raise RequestError(
-                "it takes statistics over its units, so it is no sum that could be merged", tensor=mlp.block
-            )
-        if mlp.grain > 1 or any(slot.extra or slot.coded for slot in mlp.tensors.values()):
-            raise RequestError(
-                "scaled blocks and adapters cannot be merged: merge the plain checkpoints", tensor=mlp.block
-            )
-    if not group.uniform or group.site.listed:
-        raise RequestError("its MLPs have several widths: merging gives one", tensor=group.mlps[0].block)
+def _mix(mlp: Mlp, infos: Mapping[str, TensorInfo], skills: Sequence[Ingredient], architecture: Architecture) -> _Mix:
+    rigid = architecture.family.statistics or mlp.site.template.normed
+    mix = _Mix(mlp, infos, tuple(skill for skill in skills if skill.weight and skill.grew(mlp)), rigid)
+    if rigid and mix.skills and not mix.alone:
+        raise RequestError(
+            "it takes statistics over its units, so it is no sum that could be merged",
+            tensor=mlp.block,
+            hint="Only one skill can have it, with weight 1.",
+        )
+    return mix
 
 
-def _own(mlp: Mlp, skill: Ingredient) -> int:
-    """How many units of an MLP are a skill's own."""
-    output = skill.outputs[mlp.down]
-    if not output.grown():
-        return 0
-    places = output.extent // output.lane_count
-    return int(places / mlp.tensors[mlp.down].places) - skill.first(mlp)
+def _widths(group: Group, mixes: Sequence[_Mix], needed: Mapping[str, int]) -> dict[str, int]:
+    """The width of each MLP, by block: what it needs where the key is a list, else the least that the key can say."""
+    if group.site.listed:
+        return dict(needed)
+    least = max(math.ceil(Fraction(needed[mlp.block] * group.width, mlp.width)) for mlp in group.mlps)
+    rigid = [needed[mix.mlp.block] for mix in mixes if mix.rigid]
+    step = math.lcm(group.grain, *rigid)
+    first = -(-least // step) * step
+    for width in range(first, first + step * (max(mlp.hidden for mlp in group.mlps) + 9), step):
+        try:
+            widths = {mlp.block: group.widened(mlp, group.width, width) for mlp in group.mlps}
+            group.edits(widths)
+        except CkptgrowError:
+            continue
+        if all(widths[mix.mlp.block] % needed[mix.mlp.block] == 0 for mix in mixes if mix.rigid):
+            return widths
+    raise RequestError(f"{group.path} cannot say a width of {least:,} units or some more", tensor=group.mlps[0].block)
 
 
-def _is_kept(mlp: Mlp, infos: Mapping[str, TensorInfo], skills: Sequence[Ingredient]) -> bool:
-    """Whether any of the base's own units has a column left."""
-    return any(
-        part.terms
-        for name, slot in mlp.tensors.items()
-        if slot.shared
-        for lane in range(len(slot.lanes))
-        for part in _columns(mlp, infos[name], lane, skills)
-    )
-
-
-def _merged(mlp: Mlp, info: TensorInfo, skills: Sequence[Ingredient], kept: bool, width: int) -> Output:
+def _merged(mix: _Mix, name: str, kept: bool, width: int) -> Output:
     """One tensor: in each lane the base's units, each skill's own, and the filling."""
-    slot = mlp.tensors[info.name]
+    mlp, info, slot = mix.mlp, mix.infos[name], mix.mlp.tensors[name]
     old, new = (int(units * slot.places) for units in (mlp.width, width))
     parts: list[Part] = []
     for lane in range(len(slot.lanes)):
         mine: list[Part] = []
-        if kept and slot.shared:
-            mine += _columns(mlp, info, lane, skills)
+        if mix.alone:
+            mine += _taken(mix.skills[0], name, lane, int(mix.skills[0].first(mlp) * slot.places))
+        elif kept and slot.shared:
+            mine += _columns(mlp, info, lane, mix.skills)
         elif kept:
-            mine.append(Part(old, (Term(BASE, info.name, range(lane * old, (lane + 1) * old)),)))
-        for skill in skills:
-            mine += _tail(skill, info.name, lane, int(skill.first(mlp) * slot.places), slot.shared)
+            mine.append(Part(old, (Term(BASE, name, range(lane * old, (lane + 1) * old)),)))
+        for skill in mix.skills if not mix.alone else ():
+            mine += _tail(skill, name, lane, int(skill.first(mlp) * slot.places), slot.shared)
         free = new - sum(part.size for part in mine)
-        for units in rounds(old, old + free):
-            source = range(lane * old + units.start, lane * old + units.stop)
-            mine.append(Part(len(units), () if slot.shared else (Term(BASE, info.name, source),)))
-        parts += mine
+        filling = [Part(free)] if slot.shared else _again(mine, free)
+        parts += [*mine, *(filling if free else ())]
     shape = tuple(new * len(slot.lanes) if axis == slot.axis else size for axis, size in enumerate(info.shape))
-    return Output(info.name, info.dtype, shape, slot.axis, tuple(parts), mlp.member(info.name))
+    return Output(name, info.dtype, shape, slot.axis, tuple(parts), mlp.member(name))
+
+
+def _again(parts: Sequence[Part], size: int) -> Iterator[Part]:
+    """The rows of the units that lie before, in rounds, until `size` places are full. They train nothing."""
+    for part in cycle(part for part in parts if part.size):
+        taken = min(size, part.size)
+        yield Part(taken, tuple(replace(term, units=term.units[:taken]) for term in part.terms))
+        size -= taken
+        if not size:
+            return
 
 
 def _lane(output: Output, lane: int) -> Iterator[tuple[int, Part]]:
@@ -125,15 +180,18 @@ def _lane(output: Output, lane: int) -> Iterator[tuple[int, Part]]:
             yield start - lane * extent, part
 
 
+def _taken(skill: Ingredient, name: str, lane: int, first: int) -> Iterator[Part]:
+    """All of a skill's units, its own marked as such from place `first` of the lane on."""
+    for start, part in _lane(skill.outputs[name], lane):
+        yield replace(part, grown=start >= first)
+
+
 def _tail(skill: Ingredient, name: str, lane: int, first: int, shared: bool) -> Iterator[Part]:
-    """A skill's own units, from place `first` of the lane on; columns of down times its weight."""
-    output = skill.outputs[name]
-    if not output.grown():
-        return
-    for start, part in _lane(output, lane):
-        if start >= first:
+    """A skill's own units; columns of down times its weight."""
+    for part in _taken(skill, name, lane, first):
+        if part.grown:
             terms = tuple(_scaled(term, skill.weight) for term in part.terms) if shared else part.terms
-            yield replace(part, terms=terms, grown=True)
+            yield replace(part, terms=terms)
 
 
 def _scaled(term: Term, weight: Fraction) -> Term:

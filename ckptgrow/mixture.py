@@ -82,7 +82,7 @@ def _blocks(mixed: Mixed) -> Iterator[GrownBlock]:
     """Each MLP; which base unit a unit copies cannot be said of a skill's own."""
     outputs = mixed.plan.named
     for mlp in mixed.architecture.mlps:
-        down = outputs[mlp.down]
-        if down.member:
-            width = int(down.extent / down.lane_count / mlp.tensors[mlp.down].places)
-            yield GrownBlock(mlp.block, mlp.layer, mlp.width, width, (), filled=not down.grown())
+        first = outputs[next(iter(mlp.tensors))]
+        if first.member:
+            width = int(first.extent // first.lane_count / mlp.tensors[first.name].places)
+            yield GrownBlock(mlp.block, mlp.layer, mlp.width, width, (), filled=not first.grown())

@@ -15,7 +15,7 @@ from ckptgrow.config import edited, set_value
 from ckptgrow.equivalence import Answer, untouched
 from ckptgrow.errors import PlanError, RequestError
 from ckptgrow.execute import write_shards
-from ckptgrow.families import Architecture, Mlp
+from ckptgrow.families import Architecture, Group, Mlp
 from ckptgrow.folding import widened
 from ckptgrow.hub import fetch
 from ckptgrow.layout import INDEX, Layout, lay
@@ -117,18 +117,12 @@ def _prepare(
     skills = tuple(skill_in(folder, opened) for folder in folders)
     _check_different(skills)
     architecture = _architecture(skills)
+    wide = {name for skill, weight in zip(skills, weights, strict=True) if weight for name in _wider(skill)}
+    _check_wide(wide, dtype, opened, architecture, skills)
     plan = merge_plan(opened.infos, architecture, list(_ingredients(skills, weights)))
     sources: dict[str, Tensors] = {BASE: opened} | {_source(i): skill.tensors for i, skill in enumerate(skills)}
     plan.check({name: source.infos for name, source in sources.items()})
     found = costs(plan, sources, report)
-    wide = {name for skill, weight in zip(skills, weights, strict=True) if weight for name in _wider(skill)}
-    if wide and dtype is None:
-        raise RequestError(
-            f"it is {next(s.dtypes[n] for n in sorted(wide) for s in skills if n in s.dtypes)} in a skill and"
-            f" {opened.infos[min(wide)].dtype} in the base, so the skill's own rows would be rounded",
-            tensor=min(wide),
-            hint="Give --dtype float32, or a skill extracted from a checkpoint in the base's dtype.",
-        )
     if dtype is not None:
         plan = widened(plan, {name for name, cost in found.items() if cost.rounded} | wide, opened, architecture)
         found = costs(plan, sources, report)
@@ -140,19 +134,40 @@ def _prepare(
 
 
 def _architecture(skills: Sequence[Skill]) -> Architecture:
-    """What all skills grew. Raises RequestError where one grew other MLPs (another tower, only some experts)."""
+    """All that any of the skills grew. Raises RequestError where they do not read the base as the same family."""
     first = skills[0].past.architecture
+    groups: dict[str, Group] = {}
     for skill in skills:
-        if skill.past.architecture.mlps != first.mlps:
+        its = skill.past.architecture
+        shared = (group for group in its.groups if groups.setdefault(group.path, group).mlps != group.mlps)
+        if its.family != first.family or any(shared):
             raise RequestError(
-                f"it grew other MLPs than {skills[0].folder}: another tower, or other experts", file=str(skill.folder)
+                f"it was grown by another declaration of the family than {skills[0].folder}", file=str(skill.folder)
             )
-    return first
+    return Architecture(first.family, tuple(groups.values()))
 
 
 def _wider(skill: Skill) -> set[str]:
     """The tensors of which it has elements in another dtype than the base's."""
     return {name for name in skill.past.trained if name in skill.dtypes}
+
+
+def _check_wide(
+    wide: set[str], dtype: Dtype | None, base: Checkpoint, architecture: Architecture, skills: Sequence[Skill]
+) -> None:
+    """Raise RequestError where a skill has weights in a dtype that the merged tensor cannot have."""
+    coded = {name for mlp in architecture.mlps for name, slot in mlp.tensors.items() if slot.coded}
+    if not wide or (dtype is not None and not wide & coded):
+        return
+    name = min(wide & coded or wide)
+    its = next(skill.dtypes[name] for skill in skills if name in skill.dtypes)
+    if name in coded:
+        raise RequestError(f"it is {its} in a skill, and what the scales of the base stand for otherwise", tensor=name)
+    raise RequestError(
+        f"it is {its} in a skill and {base.infos[name].dtype} in the base, so the skill's own rows would be rounded",
+        tensor=name,
+        hint="Give --dtype float32, or a skill extracted from a checkpoint in the base's dtype.",
+    )
 
 
 def _check_different(skills: Sequence[Skill]) -> None:
