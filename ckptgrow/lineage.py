@@ -41,7 +41,8 @@ class Past:
     @cached_property
     def trained(self) -> Mapping[str, tuple[int, Spans]]:
         """Of each tensor that trains, (axis, the ranges along it that train)."""
-        return {tensor.name: along(tensor.shape, tensor.boxes) for tensor in self.manifest.trainable}
+        axes = {output.name: output.axis for output in self.plan.outputs}
+        return {t.name: along(t.shape, t.boxes, axes[t.name]) for t in self.manifest.trainable}
 
 
 @dataclass(frozen=True)

@@ -280,13 +280,14 @@ def check_described(grown: Checkpoint, manifest: Manifest) -> None:
             )
 
 
-def along(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> tuple[int, tuple[tuple[int, int], ...]]:
+def along(shape: tuple[int, ...], boxes: tuple[Box, ...], axis: int = 0) -> tuple[int, tuple[tuple[int, int], ...]]:
     """(axis, ranges in order): boxes read back as ranges along one axis, whole across the others.
 
-    The inverse of policy.boxes. Raises FormatError for boxes that are none, overlap, are empty or leave the tensor.
+    Where the box is the whole tensor it may be any axis: it is `axis`. The inverse of policy.boxes.
+    Raises FormatError for boxes that are none, overlap, are empty or leave the tensor.
     """
     partial = {axis for box in boxes for axis, span in enumerate(box) if span != (0, shape[axis])}
-    axis = min(partial, default=0)
+    axis = min(partial, default=axis)
     spans = tuple(sorted(box[axis] for box in boxes))
     ends = [0, *(end for span in spans for end in span), shape[axis]]
     if len(partial) > 1 or ends != sorted(ends) or any(start == stop for start, stop in spans):

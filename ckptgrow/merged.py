@@ -1,6 +1,6 @@
-"""Is a merged checkpoint the base plus what each skill adds, MLP by MLP? Asked of the bytes, knowing no Plan.
+"""Is a merged checkpoint, as a function, the base plus what each skill adds? The weaker answer beside weighed.py's.
 
-The reference is built in float64: the outputs of the base's MLP and of each skill's on the same random inputs, put
+It knows nothing of how a merge is laid out. The reference is built in float64: the outputs of the base's MLP and of each skill's on the same random inputs, put
 together as f = base + Σ λᵢ·(grownᵢ - base). Without rounded weights the two agree to float64's own noise, which one
 misplaced unit is far above; with them, to what half a unit in the last place of each weight of the MLP can cost.
 """
@@ -35,7 +35,7 @@ def merged(
     for mlp in (mlp for mlp in architecture.mlps if mlp.down):
         name = activation_name(base.config, mlp)
         if name not in ACTIVATIONS:
-            return Answer("proved", "not run", f"the activation {name!r} is not known here")
+            return Answer("probed", "not run", f"the activation {name!r} is not known here")
         for expert in mlp.numbers:
             off, allowed = _off(base, skills, result, mlp, ACTIVATIONS[name], expert, rounded, progress)
             worst, count = max(worst, off), count + 1
@@ -43,7 +43,7 @@ def merged(
                 findings.append(Finding(mlp.block, f"its output differs by {off:.2g} of its size"))
     figure = f"{count} MLPs are the base's and Σ λ·(skill - base) in float64 on {INPUTS} random inputs"
     figure += f", largest relative difference {worst:.1e}"
-    return Answer("proved", "no" if findings else "yes", figure, tuple(findings[:SHOWN]))
+    return Answer("probed", "no" if findings else "yes", figure, tuple(findings[:SHOWN]))
 
 
 def _off(

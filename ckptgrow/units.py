@@ -85,13 +85,17 @@ def as_units(checkpoint: Tensors, name: str, slot: Slot, grain: int = 1, expert:
 
 def side_by_side(one: Bits, other: Bits) -> Iterator[tuple[Bits, Bits]]:
     """The same elements of two tensors of one shape [outer, units, inner], some at a time."""
-    outer, units, inner = one.shape
+    yield from ((one[cut], other[cut]) for cut in cuts(one.shape))
+
+
+def cuts(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+    """A tensor [outer, units, inner] in pieces of a bounded number of elements."""
+    outer, units, inner = shape
     places = max(1, min(units, BLOCK_ELEMENTS // max(1, inner)))
     rows = max(1, BLOCK_ELEMENTS // max(1, inner * places))
     for row in range(0, outer, rows):
         for start in range(0, units, places):
-            cut = slice(row, row + rows), slice(start, start + places)
-            yield one[cut], other[cut]
+            yield slice(row, row + rows), slice(start, start + places)
 
 
 def match(rows: list[Rows], digests: Callable[[Bits], Digests]) -> tuple[Units, Units]:

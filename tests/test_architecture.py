@@ -61,6 +61,7 @@ ORDER = [
     "reversal",
     "skills",
     "merging",
+    "weighed",
     "mixture",
     "hub",
     "training.cut",

@@ -31,6 +31,7 @@ from ckptgrow.skills import SKILL, Skill, applied, skill_in, spliced
 from ckptgrow.staging import Staging, check_apart, check_space, check_target
 from ckptgrow.sums import Rounding, costs
 from ckptgrow.surgery import BASE
+from ckptgrow.weighed import Weighed, weighed
 
 Source = str | Path
 Dtype = Literal["float32"]
@@ -187,8 +188,12 @@ def _check_different(skills: Sequence[Skill]) -> None:
 def _ingredients(skills: Sequence[Skill], weights: Sequence[Fraction]) -> Iterator[Ingredient]:
     for i, (skill, weight) in enumerate(zip(skills, weights, strict=True)):
         outputs = spliced(skill, _source(i)).named
-        moved = frozenset(mlp.block for mlp in skill.past.architecture.mlps if _moves_rows(skill, mlp))
-        yield Ingredient(outputs, weight, skill.past.manifest.inexact_halves == 0, moved)
+        yield Ingredient(outputs, weight, skill.past.manifest.inexact_halves == 0, _moved_rows(skill))
+
+
+def _moved_rows(skill: Skill) -> frozenset[str]:
+    """The MLPs of which the skill trained the base's own rows of gate or up."""
+    return frozenset(mlp.block for mlp in skill.past.architecture.mlps if _moves_rows(skill, mlp))
 
 
 def _moves_rows(skill: Skill, mlp: Mlp) -> bool:
@@ -230,14 +235,21 @@ def _checked(job: _Job, written: Checkpoint, report: Progress) -> Iterator[Answe
     from ckptgrow.merged import merged
 
     outside = job.base.tensor_bytes - job.architecture.nbytes(job.base.infos)
+    size = job.architecture.nbytes(written.infos)
     grown = [
-        (weight, Regrown({BASE: job.base, SKILL: skill.tensors}, applied(skill, job.base).named))
+        Weighed(
+            weight,
+            Regrown({BASE: job.base, SKILL: skill.tensors}, applied(skill, job.base).named),
+            frozenset(block.block for block in skill.past.manifest.blocks if not block.filled),
+            _moved_rows(skill),
+        )
         for skill, weight in zip(job.skills, job.weights, strict=True)
     ]
-    proving = Meter(report, "proving", job.architecture.nbytes(written.infos))
+    rounded, functions = bool(job.rounding.rounded), [(skill.weight, skill.tensors) for skill in grown]
     for answer in (
         untouched(job.base, written, job.architecture, Meter(report, "comparing", 2 * outside)),
-        merged(job.base, grown, written, job.architecture, bool(job.rounding.rounded), proving),
+        weighed(job.base, grown, written, job.architecture, Meter(report, "proving", size)),
+        merged(job.base, functions, written, job.architecture, rounded, Meter(report, "probing", size)),
     ):
         if answer.verdict == "no":
             first = answer.findings[0]
