@@ -1,8 +1,9 @@
 """Is a merged checkpoint, as a function, the base plus what each skill adds? The weaker answer beside weighed.py's.
 
-It knows nothing of how a merge is laid out. The reference is built in float64: the outputs of the base's MLP and of each skill's on the same random inputs, put
-together as f = base + Σ λᵢ·(grownᵢ - base). Without rounded weights the two agree to float64's own noise, which one
-misplaced unit is far above; with them, to what half a unit in the last place of each weight of the MLP can cost.
+It knows nothing of how a merge is laid out. The reference is built in float64: the outputs of the base's MLP and of
+each skill's on the same random inputs, put together as f = base + Σ λᵢ·(grownᵢ - base). Without rounded weights the two
+agree to float64's own noise, which one misplaced unit is far above; with them, to what half a unit in the last place of
+each weight of the MLP can cost.
 """
 
 from __future__ import annotations
