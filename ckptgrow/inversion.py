@@ -8,6 +8,9 @@ A row of gate or up is copied back as bytes. A column of down is, in this order:
 
 What the first two cannot give and of which a share trains may be lost. It is read back all the same, from the whole
 growth, since it may never have been trained: only the digests of the base can tell, so it is named as doubtful.
+
+A merge is read in the same way, where it kept the base's units: their columns are multiples, which division undoes, and
+doubtful where some of them were rounded. What it left out, or added up from random shares, is lost.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from itertools import pairwise
 from ckptgrow.errors import PlanError
 from ckptgrow.plan import Output, Part, Plan, Share, Term, unchanged
 from ckptgrow.proof import adds_to_one
+from ckptgrow.surgery import BASE
 from ckptgrow.tensors import TensorInfo
 
 Spans = tuple[tuple[int, int], ...]
@@ -27,10 +31,14 @@ HALF = Share(0, 2)
 
 @dataclass(frozen=True, slots=True)
 class Inverse:
-    """The Plan of the base, and the tensors of it that what is frozen does not determine."""
+    """The Plan of the base, the tensors of it that what is frozen does not determine, and those that are not there.
+
+    Of the last kind only merges have some; the Plan has zeros in their places.
+    """
 
     plan: Plan
     doubtful: tuple[str, ...]
+    lost: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,7 @@ def invert(
     source: str,
 ) -> Inverse:
     """The base from the result of the Plan that grew it. `trained`: of each tensor that trains (axis, ranges)."""
-    outputs, doubtful = [], []
+    outputs, doubtful, lost = [], [], []
     for output in grown.outputs:
         info = base[output.name]
         if output.is_copy_of(info):
@@ -66,7 +74,8 @@ def invert(
         parts, sure = _parts(output, info, spans, exact_halves, source)
         outputs.append(Output(info.name, info.dtype, info.shape, output.axis, parts))
         doubtful += [] if sure else [info.name]
-    return Inverse(Plan(tuple(outputs)), tuple(doubtful))
+        lost += [] if all(part.terms for part in parts) else [info.name]
+    return Inverse(Plan(tuple(outputs)), tuple(doubtful), tuple(lost))
 
 
 def _parts(
@@ -79,8 +88,6 @@ def _parts(
     for low, high in pairwise(edges):
         here = [place for place in places if place.low <= low and high <= place.high]
         picked, scale, frozen = _choice(here, exact_halves)
-        if not picked:
-            raise PlanError(f"no copy of units {low} to {high - 1} adds up to them", tensor=output.name)
         terms = tuple(place.cut(low, high, source, output.name, scale) for place in picked)
         parts.append(Part(high - low, terms))
         sure &= frozen
@@ -88,23 +95,28 @@ def _parts(
 
 
 def _places(output: Output, spans: Spans) -> Iterator[_Place]:
-    """Where each stretch of base units lies; of filling, which is zero, there is nothing to read."""
+    """Where each stretch of base units lies; of filling, of skills and of sums there is nothing to read."""
     for at, part in output.placed():
         frozen = not any(start < at + part.size and at < stop for start, stop in spans)
+        if any(term.source != BASE for term in part.terms) or len(part.terms) > 1:
+            continue
         for term in part.terms:
-            if not isinstance(term.units, range) or len(part.terms) > 1 or term.name != output.name:
+            if not isinstance(term.units, range) or isinstance(term.scale, tuple) or term.name != output.name:
                 raise PlanError("its growth is no copying of stretches", tensor=output.name)
-            yield _Place(term.units.start, term.units.stop, at, term, frozen)
+            if term.scale == 1.0 or term.share is None:
+                yield _Place(term.units.start, term.units.stop, at, term, frozen)
 
 
-def _choice(here: list[_Place], exact_halves: bool) -> tuple[list[_Place], float, bool]:
+def _choice(here: list[_Place], exact: bool) -> tuple[list[_Place], float, bool]:
     """(the places whose sum, times the scale, is the base's; the scale; whether they are all frozen)."""
     whole = sorted((place for place in here if place.term.share is None), key=lambda place: not place.frozen)
     shared = [place for place in here if place.term.share is not None]
     if whole:
-        return whole[:1], 1.0, whole[0].frozen
+        scale = whole[0].term.scale
+        assert isinstance(scale, float)
+        return whole[:1], 1.0 / scale, whole[0].frozen and (exact or scale == 1.0)
     half = [place for place in shared if place.term.share == HALF and place.frozen]
-    if half and exact_halves:
+    if half and exact:
         return half, 2.0, True
     complete = adds_to_one(place.term for place in shared)
     return (shared if complete else []), 1.0, all(place.frozen for place in shared)

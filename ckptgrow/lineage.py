@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,12 +17,13 @@ import numpy as np
 
 from ckptgrow import surgery
 from ckptgrow.checkpoint import CONFIG, MANIFEST, Bits, Checkpoint, ShardFile, digest_of
-from ckptgrow.errors import CkptgrowError, FormatError, RequestError
+from ckptgrow.errors import CkptgrowError, FormatError, PlanError, RequestError
 from ckptgrow.families import Architecture, locate
 from ckptgrow.families.declared import recalled
 from ckptgrow.identity import Base
-from ckptgrow.manifest import Manifest, along, growth_of, load_manifest, manifest_file, named_in, previous, read_mask
-from ckptgrow.plan import Plan
+from ckptgrow.manifest import EXPAND, Manifest, along, growth_of, load_manifest, manifest_file, named_in, read_mask
+from ckptgrow.plan import Output, Part, Plan, Term
+from ckptgrow.surgery import Growth
 from ckptgrow.tensors import TensorInfo, framed, header_length, parse_header
 from ckptgrow.trained import Trained
 
@@ -37,6 +38,10 @@ class Past:
     base: Checkpoint
     architecture: Architecture
     plan: Plan
+
+    def spliced(self, source: str) -> Plan:
+        """The growth of BASE with what was learned in its boxes, which `source` has laid end to end."""
+        return replace(self.plan, outputs=tuple(_spliced(output, self, source) for output in self.plan.outputs))
 
     @cached_property
     def trained(self) -> Mapping[str, tuple[int, Spans]]:
@@ -65,15 +70,31 @@ def recall(manifest: Manifest, file: str) -> Past:
 
     Raises RequestError where it is no growth, FormatError where it does not say enough, or contradicts itself.
     """
-    if manifest.operation != "expand":
+    if manifest.operation != EXPAND:
         raise RequestError(
-            f"it is of a {manifest.operation}, which is no growth of one base that could be made again or undone",
+            f"it is of a {manifest.operation}, which is made of skills and not of one base alone",
             file=file,
-            hint=f"The base is {manifest.base.id}.",
+            hint="Share the skills themselves; what it learns from here on can be extracted where it is grown again.",
         )
     try:
-        base, growth = described(manifest.base), growth_of(manifest)
-        family = recalled(manifest.family, manifest.declaration)
+        growth = growth_of(manifest)
+    except CkptgrowError as error:
+        raise FormatError(f"its growth cannot be made again: {error}", file=file) from None
+    past = made_again(manifest, growth, file)
+    mask = past.manifest
+    if (mask.blocks, mask.trainable, mask.counts) != (manifest.blocks, manifest.trainable, manifest.counts):
+        raise FormatError(
+            "growing the base again does not give what it describes: it was edited, or written by another version",
+            file=file,
+            hint="Give the grown checkpoint itself instead of its base.",
+        )
+    return replace(past, manifest=manifest)
+
+
+def made_again(manifest: Manifest, growth: Growth, file: str) -> Past:
+    """A growth of the base that a manifest describes, and its mask. Raises FormatError where there is none."""
+    try:
+        base, family = described(manifest.base), recalled(manifest.family, manifest.declaration)
         architecture = locate(base.config, base.infos, growth.tower, family).only(growth.experts)
         plan = surgery.expand(base.infos, architecture, growth)
         mask = read_mask(plan, base, architecture, growth)
@@ -81,13 +102,24 @@ def recall(manifest: Manifest, file: str) -> Past:
         raise FormatError(f"its growth cannot be made again: {error}", file=file) from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"not a ckptgrow manifest ({error!r})", file=file) from None
-    if (mask.blocks, mask.trainable, mask.counts) != (manifest.blocks, manifest.trainable, manifest.counts):
-        raise FormatError(
-            "growing the base again does not give what it describes: it was edited, or written by another version",
-            file=file,
-            hint="Give the grown checkpoint itself instead of its base.",
-        )
-    return Past(manifest, base, architecture, plan)
+    made = replace(manifest, blocks=mask.blocks, trainable=mask.trainable, counts=mask.counts)
+    return Past(made, base, architecture, plan)
+
+
+def _spliced(output: Output, past: Past, source: str) -> Output:
+    """One tensor of the growth in which what trains comes from the skill."""
+    _, spans = past.trained.get(output.name, (0, ()))
+    parts, taken = [], 0
+    for start, part in output.placed():
+        inside = [span for span in spans if span[0] < start + part.size and start < span[1]]
+        if not inside or not part.size:
+            parts.append(part)
+            continue
+        if not inside[0][0] <= start or start + part.size > inside[0][1]:
+            raise PlanError("a box ends within what was copied at once", tensor=output.name)
+        parts.append(Part(part.size, (Term(source, output.name, range(taken, taken + part.size)),), part.grown))
+        taken += part.size
+    return replace(output, parts=tuple(parts))
 
 
 def described(base: Base) -> Checkpoint:
@@ -143,17 +175,3 @@ def stranger(opened: Checkpoint, base: Base) -> tuple[str, str] | None:
         if opened.digest(name) != digest:
             return name, f"its weights are not {base.id}'s"
     return (CONFIG, f"it is not {base.id}'s") if opened.config_text != base.config else None
-
-
-def pasts(manifest: Manifest, file: str, *, every: bool) -> tuple[Past, ...]:
-    """The growths to undo, the last one first: that one, or all.
-
-    Raises RequestError where the manifest of an earlier one is lost.
-    """
-    found = [recall(manifest, file)]
-    while every and found[-1].manifest.history:
-        earlier = previous(found[-1].manifest)
-        if earlier is None:
-            raise RequestError("of an earlier growth only the digest is known, so it cannot be undone", file=file)
-        found.append(recall(earlier, file))
-    return tuple(found)

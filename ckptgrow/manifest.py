@@ -30,6 +30,7 @@ from ckptgrow.surgery import Growth
 
 SCHEMA = 1
 CONFIG_KEY = "ckptgrow"
+EXPAND, MERGE = "expand", "merge"
 _DIGEST = re.compile("sha256:[0-9a-f]{64}")
 
 
@@ -100,7 +101,7 @@ class Manifest:
     history: tuple[Mapping[str, Any], ...]
     layers: tuple[int, ...] | None = None  # the ones that grew; None: all
     declaration: Mapping[str, Any] | None = None  # the family, where it is not one of the table
-    skills: tuple[Mapping[str, Any], ...] = ()  # of a merge: each skill's manifest, policy and weight
+    skills: tuple[Mapping[str, Any], ...] = ()  # of a merge: each skill's manifest, growth and weight
     _file: str | None = field(default=None, init=False, compare=False, repr=False)  # a changed copy does not have it
 
     def to_json(self) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def describe(
     return Manifest(
         schema=SCHEMA,
         tool={"name": "ckptgrow", "version": version},
-        operation="expand",
+        operation=EXPAND,
         base=identity,
         family=family.model_type,
         policy=growth.policy,
@@ -210,10 +211,16 @@ def named_in(config: Mapping[str, Any]) -> str | None:
 
 def growth_of(manifest: Manifest) -> Growth:
     """The growth that a manifest describes, to be made again. Raises CkptgrowError for one that is not to be had."""
+    return growth_from(manifest.growth)
+
+
+def growth_from(options: Mapping[str, Any]) -> Growth:
+    """The growth that options in a manifest say. Raises CkptgrowError for one that is not to be had."""
+    known: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
-        return Growth(**manifest.growth)
+        return Growth(**known)
     except TypeError:
-        raise FormatError(f"its growth has options that are not known: {sorted(manifest.growth)}") from None
+        raise FormatError(f"its growth has options that are not known: {sorted(options)}") from None
 
 
 def grown_config(text: str, plan: Plan, manifest: Manifest, architecture: Architecture) -> str:
@@ -306,7 +313,6 @@ def _typed(described: dict[str, Any]) -> Manifest:
         for tensor in described["trainable"]
     ]
     typed = {"base": Base(**described["base"]), "counts": Counts(**described["counts"])}
-    typed |= {"growth": {k: tuple(v) if isinstance(v, list) else v for k, v in described["growth"].items()}}
     typed |= {"blocks": tuple(copied), "trainable": tuple(trainable), "history": tuple(described["history"])}
     typed |= {"skills": tuple(described.get("skills", ()))}
     typed |= {"layers": tuple(described["layers"])} if described.get("layers") else {}

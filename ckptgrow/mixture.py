@@ -1,7 +1,7 @@
 """The manifest of a merged checkpoint: which skills are in it, and that all of their own units train.
 
-It is a grown checkpoint to train on and to grow again, but no growth that could be undone: of the base's own columns a
-merge keeps what its weights leave, which may be nothing.
+It is a grown checkpoint to train on and to grow again. Of each skill it says how it was grown and its weight, so that
+the merge can be made again (ingredients.py), and undone as far as the weights leave something of the base.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from fractions import Fraction
 
 from ckptgrow.checkpoint import Checkpoint, digest_of
 from ckptgrow.families import Architecture, in_memory_name, ties
-from ckptgrow.manifest import SCHEMA, Counts, GrownBlock, Manifest, Trainable, history
+from ckptgrow.ingredients import POLICY, trainable
+from ckptgrow.manifest import MERGE, SCHEMA, Counts, GrownBlock, Manifest, history
 from ckptgrow.plan import Plan
-from ckptgrow.policy import POLICIES, boxes
 from ckptgrow.surgery import Growth
 from ckptgrow.version import __version__
-
-MERGE = "merge"
-POLICY = "g-freeze"
 
 
 @dataclass(frozen=True)
@@ -31,17 +28,18 @@ class Mixed:
     architecture: Architecture
     skills: Sequence[Manifest]
     weights: Sequence[Fraction]
+    inexact: int  # multiples of the base's weights that were rounded
 
 
 def merge_manifest(mixed: Mixed) -> Manifest | None:
     """The manifest; None where no unit is a skill's own, so that nothing could train."""
-    trainable, blocks = tuple(_trainable(mixed)), tuple(_blocks(mixed))
-    if not trainable:
+    trains, blocks = tuple(trainable(mixed.plan)), tuple(_blocks(mixed))
+    if not trains:
         return None
     base, family, first = mixed.base, mixed.architecture.family, mixed.skills[0]
-    count = sum(tensor.elements for tensor in trainable)
+    count = sum(tensor.elements for tensor in trains)
     total = sum(output.info.elements for output in mixed.plan.outputs)
-    names = {tensor.name: in_memory_name(family, tensor.name) for tensor in trainable}
+    names = {tensor.name: in_memory_name(family, tensor.name) for tensor in trains}
     return Manifest(
         schema=SCHEMA,
         tool={"name": "ckptgrow", "version": __version__},
@@ -56,26 +54,26 @@ def merge_manifest(mixed: Mixed) -> Manifest | None:
             "seed": 0,
         },
         blocks=blocks,
-        trainable=trainable,
+        trainable=trains,
         counts=Counts(count, total - count, base.parameters, round(count / base.parameters, 6)),
-        inexact_halves=0,
+        inexact_halves=mixed.inexact,
         ties=ties(base.config, family, base.infos),
         in_memory_names={disk: memory for disk, memory in names.items() if disk != memory},
         history=history(base),
         layers=None,
         declaration=first.declaration,
         skills=tuple(
-            {"manifest": digest_of(skill.text().encode()), "policy": skill.policy, "weight": float(weight)}
+            {
+                "manifest": digest_of(skill.text().encode()),
+                "policy": skill.policy,
+                "weight": float(weight),
+                "fraction": str(weight),
+                "growth": dict(skill.growth),
+                "inexact_halves": skill.inexact_halves,
+            }
             for skill, weight in zip(mixed.skills, mixed.weights, strict=True)
         ),
     )
-
-
-def _trainable(mixed: Mixed) -> Iterator[Trainable]:
-    for output in mixed.plan.outputs:
-        found = boxes(output, POLICIES[POLICY]) if output.member else ()
-        if output.member and found:
-            yield Trainable(output.name, output.member.role, output.member.layer, output.shape, output.dtype, found)
 
 
 def _blocks(mixed: Mixed) -> Iterator[GrownBlock]:

@@ -18,10 +18,11 @@ from ckptgrow.equivalence import Finding
 from ckptgrow.errors import PlanError, RequestError
 from ckptgrow.execute import digest_of_output, write_shards
 from ckptgrow.families import ties
+from ckptgrow.ingredients import pasts
 from ckptgrow.inversion import compose, invert, renamed
 from ckptgrow.layout import INDEX, Layout, Shard
-from ckptgrow.lineage import Past, Told, find_manifest, pasts, stranger
-from ckptgrow.manifest import Manifest, load_manifest, previous
+from ckptgrow.lineage import Past, Told, find_manifest, stranger
+from ckptgrow.manifest import MERGE, Manifest, load_manifest, previous
 from ckptgrow.plan import Plan, unchanged
 from ckptgrow.progress import uncounted
 from ckptgrow.reference import Reference, open_reference
@@ -109,10 +110,24 @@ def _inverted(growths: tuple[Past, ...]) -> tuple[Plan, tuple[str, ...]]:
     for past in growths:
         halves = past.manifest.inexact_halves == 0
         step = invert(past.plan, past.base.infos, past.trained, exact_halves=halves, source=TRAINED)
+        if step.lost:
+            raise _gone(past, step.lost)
         whole = compose(step.plan, whole, TRAINED) if whole else step.plan
         doubtful |= set(step.doubtful)
     assert whole is not None
     return whole, tuple(name for name in growths[-1].base.infos if name in doubtful)
+
+
+def _gone(past: Past, lost: tuple[str, ...]) -> RequestError:
+    """Why a merge does not have the base in it any more."""
+    downs = {mlp.down for mlp in past.architecture.mlps} & set(lost)
+    columns = [part for output in past.plan.outputs if output.name in downs for part in output.parts]
+    weights = ", ".join(f"{skill['weight']:g}" for skill in past.manifest.skills)
+    why = f"the weights ({weights}) cancel its columns, so the merge left its units out"
+    if any(term.source == BASE for part in columns for term in part.terms):
+        why = "the merge added up random shares of its columns, which cannot be undone"
+    told = f"{len(lost):,} tensors of the base are not in it: {why}"
+    return RequestError(told, tensor=lost[0], hint="Give --base BASE.")
 
 
 def names_of(last: Past, found: Trained) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -140,6 +155,8 @@ def check_doubtful(job: Undoing) -> None:
 
 def _why(manifest: Manifest) -> str:
     halves = manifest.inexact_halves
+    if manifest.operation == MERGE:
+        return f"tensors are not the base's any more: the merge rounded {halves:,} multiples of the base's weights"
     odd = f": {halves:,} of their weights have no exact half in their dtype" if halves else ""
     return (
         f"tensors are not the base's any more, and what policy {manifest.policy} freezes does not determine them{odd}"

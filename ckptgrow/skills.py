@@ -73,6 +73,8 @@ def from_itself(past: Past, text: bytes, trained: Renamed) -> tuple[Reference, t
         exact_halves=past.manifest.inexact_halves == 0,
         source=TRAINED,
     )
+    if inverse.lost:
+        raise PlanError("no copy of its units adds up to them", tensor=inverse.lost[0])
     moved = tuple(_moved(past, inverse, trained))
     outputs = inverse.plan.named
     return regrown(past, Regrown({TRAINED: trained}, outputs), past.base, text), moved
@@ -211,34 +213,12 @@ def config_of(skill: Skill, base: Checkpoint, plan: Plan) -> str:
     return set_value(text, f"{CONFIG_KEY}.manifest", digest_of(skill.text))
 
 
-def spliced(skill: Skill, source: str) -> Plan:
-    """The growth of BASE with what was learned in its boxes, in the grown dtypes."""
-    past = skill.past
-    return Plan(tuple(_spliced(output, past, source) for output in past.plan.outputs), past.plan.config)
-
-
 def applied(skill: Skill, base: Checkpoint, source: str = SKILL) -> Plan:
     """The Plan of the trained checkpoint: the growth of BASE, with what was learned in its boxes."""
-    past, dtypes, plan = skill.past, skill.dtypes, spliced(skill, source)
+    past, dtypes, plan = skill.past, skill.dtypes, skill.past.spliced(source)
     if set(dtypes.values()) == {FLOAT32}:
         return widened(plan, dtypes, base, past.architecture)
     return replace(plan, outputs=tuple(replace(o, dtype=dtypes.get(o.name, o.dtype)) for o in plan.outputs))
-
-
-def _spliced(output: Output, past: Past, source: str) -> Output:
-    """One tensor of the growth in which what trains comes from the skill."""
-    _, spans = past.trained.get(output.name, (0, ()))
-    parts, taken = [], 0
-    for start, part in output.placed():
-        inside = [span for span in spans if span[0] < start + part.size and start < span[1]]
-        if not inside or not part.size:
-            parts.append(part)
-            continue
-        if not inside[0][0] <= start or start + part.size > inside[0][1]:
-            raise PlanError("a box ends within what was copied at once", tensor=output.name)
-        parts.append(Part(part.size, (Term(source, output.name, range(taken, taken + part.size)),), part.grown))
-        taken += part.size
-    return replace(output, parts=tuple(parts))
 
 
 def check_applied(skill: Skill, base: Checkpoint, written: Trained, progress: Progress) -> None:

@@ -46,13 +46,15 @@ def costs(plan: Plan, sources: Sources, report: Progress) -> dict[str, Rounding]
         return {output.name: cost for output, cost in zip(summed, found, strict=True)}
 
 
-def roundings(output: Output, sources: Sources, progress: Callable[[int], None]) -> Rounding:
-    """What is rounded in one output."""
+def roundings(
+    output: Output, sources: Sources, progress: Callable[[int], None], wanted: Callable[[Part], bool] = is_sum
+) -> Rounding:
+    """What is rounded in one output, in all its sums or in those `wanted`."""
     found = Rounding()
     for block in blocks(output):
         for start, part in output.placed():
             low, high = max(start, block.start), min(start + part.size, block.stop)
-            if low < high and is_sum(part):
+            if low < high and wanted(part):
                 found += _rounding(output, part, block, slice(low - start, high - start), sources)
     progress(output.info.nbytes)
     return found

@@ -178,7 +178,7 @@ def test_other_layers_and_widths(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_manifest(base: Path, tmp_path: Path) -> None:
-    """Valid, with both skills; it trains on, is audited and grown again; revert and extract say why they do not."""
+    """Valid, with both skills; it trains on, is audited and grown again; extract says why it does not."""
     skills = [skill(base, "a", 1), skill(base, "b", 2, policy="up")]
     out = tmp_path / "out"
     ckptgrow.merge(base, skills, out, weights=[1, 0.5])
@@ -189,10 +189,102 @@ def test_the_manifest(base: Path, tmp_path: Path) -> None:
     trained = train(out)
     assert ckptgrow.audit(out, trained).exit_code == 0
     assert ckptgrow.expand(out, tmp_path / "wider").verification.same  # type: ignore[union-attr]
-    for command in ("revert", "extract"):
-        result = run(command, out, tmp_path / "back")
+    result = run("extract", out, tmp_path / "back")
+    assert (result.exit_code, (tmp_path / "back").exists()) == (2, False)
+    assert "it is of a merge, which is made of skills and not of one base alone. Share the skills" in result.stderr
+
+
+# ---------------------------------------------------------------- and back
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("trained_on", [False, True])
+def test_revert_undoes_a_merge(tmp_path: Path, dtype: str, trained_on: bool) -> None:
+    """Where the weights leave a part of the base, it is read back from that: byte for byte, after training too."""
+    base = checkpoints.make(tmp_path / "base", dtype=dtype)
+    (base / "README.md").write_text("# its own\n")
+    skills = [skill(base, "a", 1), skill(base, "b", 2, policy="up"), skill(base, "c", 3, layers=(1,))]
+    for i, weights in enumerate(([1, 0.5, 0], [1, 0, 2], [0.5, 0.5, 0.5], [-1, 1, -2], [1, 0, 0])):
+        out = tmp_path / f"{i}/out"
+        ckptgrow.merge(base, skills, out, weights=weights)
+        source = train(out) if trained_on else out
+        done = ckptgrow.revert(source, tmp_path / f"{i}/back", manifest=out)
+        assert (done.exit_code, done.taken_from, done.notes) == (0, "trained", ())
+        assert checkpoints.snapshot(base) == checkpoints.snapshot(tmp_path / f"{i}/back")
+    moved = train(tmp_path / "0/out", one_ulp(DOWN) if dtype == "BF16" else None, name="moved")
+    if dtype == "BF16":
+        done = ckptgrow.revert(moved, tmp_path / "no", manifest=tmp_path / "0/out")
+        assert (done.exit_code, [finding.tensor for finding in done.moved]) == (1, [DOWN])
+
+
+def test_what_a_merge_lost_needs_the_base(base: Path, tmp_path: Path) -> None:
+    """The half that cancelled, random shares, rounded multiples: each says so, and BASE is the way out."""
+    a, b = skill(base, "a", 1), skill(base, "b", 2)
+    r = skill(base, "r", 3, shares="random")
+    for skills, options, said in (
+        (
+            (a, b),
+            (),
+            "6 tensors of the base are not in it: the weights (1, 1) cancel its columns, so the merge left its",
+        ),
+        ((a, r), ("--weights", "0.5,0.5"), "2 tensors of the base are not in it: the merge added up random shares"),
+        ((a,), ("--weights", "0.3"), "2 tensors are not the base's any more: the merge rounded"),
+    ):
+        out = tmp_path / f"{len(skills)}{len(options)}"
+        assert run("merge", base, *skills, out, *options).exit_code == 0
+        result = run("revert", out, tmp_path / "back")
         assert (result.exit_code, (tmp_path / "back").exists()) == (2, False)
-        assert "it is of a merge, which is no growth of one base that could be made again or undone" in result.stderr
+        assert said in result.stderr
+        assert "Give --base BASE." in result.stderr
+        other = checkpoints.make(tmp_path / "other", seed=1)
+        assert "its weights are not base's" in run("revert", out, tmp_path / "back", "--base", other).stderr
+        assert run("revert", out, tmp_path / "back", "--base", base).exit_code == 0
+        assert checkpoints.snapshot(base) == checkpoints.snapshot(tmp_path / "back")
+        shutil.rmtree(tmp_path / "back")
+
+
+def test_rounded_multiples_come_back_from_float32(base: Path, tmp_path: Path) -> None:
+    """Kept in float32, 0.85 times a weight of bf16 still tells which weight it was."""
+    done = ckptgrow.merge(base, [skill(base, "a", 1)], tmp_path / "out", weights=["0.3"], dtype="float32")
+    assert done.rounding.rounded
+    assert ckptgrow.revert(tmp_path / "out", tmp_path / "back").exit_code == 0
+    assert checkpoints.snapshot(base) == checkpoints.snapshot(tmp_path / "back")
+
+
+def test_growing_a_merge_again_and_all_the_way_back(base: Path, tmp_path: Path) -> None:
+    """Grown, trained, merged, grown again, trained: extract and apply, one step back, and all of them."""
+    skills = [skill(base, "a", 1), skill(base, "b", 2)]
+    for weights in ([1, 0.5], [1, 1]):
+        folder = tmp_path / f"{weights[1]}"
+        ckptgrow.merge(base, skills, folder / "merged", weights=weights)
+        wider = grow(folder / "merged", folder / "wider", factor=2)
+        trained = train(wider, shards=2)
+        assert ckptgrow.extract(trained, folder / "skill", manifest=wider).exit_code == 0
+        ckptgrow.apply(folder / "merged", folder / "skill", folder / "again")
+        assert alike(trained, folder / "again")
+        assert ckptgrow.revert(trained, folder / "last", manifest=wider).undone == 1
+        assert checkpoints.snapshot(folder / "merged") == checkpoints.snapshot(folder / "last")
+        if weights == [1, 1]:
+            with pytest.raises(RequestError, match="6 tensors of the base are not in it"):
+                ckptgrow.revert(trained, folder / "first", manifest=wider, every=True)
+            ckptgrow.revert(trained, folder / "first", manifest=wider, every=True, base=base)
+        else:
+            assert ckptgrow.revert(trained, folder / "first", manifest=wider, every=True).undone == 2
+        assert checkpoints.snapshot(base) == checkpoints.snapshot(folder / "first")
+
+
+def test_merging_what_was_grown_before(base: Path, tmp_path: Path) -> None:
+    """The base of a merge may be a grown and trained checkpoint: its history stays, and --all undoes both."""
+    first = grow(base, tmp_path / "first")
+    second = train(first)
+    for file in ("ckptgrow.json", "tokenizer.json", "generation_config.json"):
+        shutil.copy(first / file, second)
+    skills = [skill(second, "a", 1), skill(second, "b", 2)]
+    ckptgrow.merge(second, skills, tmp_path / "out", weights=[0.5, 1])
+    ckptgrow.revert(tmp_path / "out", tmp_path / "last")
+    assert checkpoints.snapshot(second) == checkpoints.snapshot(tmp_path / "last")
+    assert ckptgrow.revert(tmp_path / "out", tmp_path / "all", every=True).undone == 2
+    assert checkpoints.snapshot(base) == checkpoints.snapshot(tmp_path / "all")
 
 
 def test_float32_keeps_sums_and_wide_skills_exact(base: Path, tmp_path: Path) -> None:

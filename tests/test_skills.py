@@ -47,9 +47,12 @@ def alike(one: Path, other: Path) -> bool:
     """Whether two checkpoints have the same tensors, dtypes and bits."""
     mine, its = checkpoints.load(one), checkpoints.load(other)
     return mine.keys() == its.keys() and all(
-        mine[name].dtype == its[name].dtype and torch.equal(mine[name].view(torch.uint8), its[name].view(torch.uint8))
-        for name in mine
+        mine[name].dtype == its[name].dtype and torch.equal(_bits(mine[name]), _bits(its[name])) for name in mine
     )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 @settings(LAW, max_examples=20)

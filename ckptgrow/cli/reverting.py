@@ -22,7 +22,7 @@ def revert(grown: str, out: str, as_json: bool, quiet: bool, **options: Any) -> 
 
     GROWN is what expand wrote, or what a trainer made of it. The base is read back from the frozen part, and each
     tensor checked against its digest. After g-freeze, down and up that works without the base, after g-train only
-    until it is trained, since it moves the base's own rows.
+    until it is trained, since it moves the base's own rows; of a merge where its weights leave a part of the base.
 
     Exit status: 0 reverted, 1 the frozen part moved in training, 2 it does not determine the base.
     """

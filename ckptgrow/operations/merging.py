@@ -15,21 +15,21 @@ from ckptgrow.config import edited, set_value
 from ckptgrow.equivalence import Answer, untouched
 from ckptgrow.errors import PlanError, RequestError
 from ckptgrow.execute import write_shards
-from ckptgrow.families import Architecture, Group, Mlp
+from ckptgrow.families import Architecture
 from ckptgrow.folding import widened
 from ckptgrow.hub import fetch
+from ckptgrow.ingredients import ingredient, moved_rows, source_of, union
 from ckptgrow.layout import INDEX, Layout, lay
 from ckptgrow.manifest import CONFIG_KEY, Manifest
-from ckptgrow.merging import Ingredient
 from ckptgrow.merging import merge as merge_plan
 from ckptgrow.mixture import Mixed, merge_manifest
-from ckptgrow.plan import Plan
-from ckptgrow.progress import Meter, Progress, silent
+from ckptgrow.plan import Part, Plan
+from ckptgrow.progress import Meter, Progress, silent, uncounted
 from ckptgrow.reference import Regrown
 from ckptgrow.results import Merging
-from ckptgrow.skills import SKILL, Skill, applied, skill_in, spliced
+from ckptgrow.skills import SKILL, Skill, applied, skill_in
 from ckptgrow.staging import Staging, check_apart, check_space, check_target
-from ckptgrow.sums import Rounding, costs
+from ckptgrow.sums import Rounding, costs, is_sum, roundings
 from ckptgrow.surgery import BASE
 from ckptgrow.weighed import Weighed, weighed
 
@@ -48,10 +48,11 @@ class _Job:
     plan: Plan
     layout: Layout
     rounding: Rounding
+    inexact: int
 
     @property
     def sources(self) -> Mapping[str, Tensors]:
-        return {BASE: self.base} | {_source(i): skill.tensors for i, skill in enumerate(self.skills)}
+        return {BASE: self.base} | {source_of(i): skill.tensors for i, skill in enumerate(self.skills)}
 
 
 def merge(
@@ -89,10 +90,6 @@ def merge(
     return Merging(str(base), used, str(out), blocks, job.base.parameters, counts, job.rounding, answers)
 
 
-def _source(i: int) -> str:
-    return f"{SKILL}{i}"
-
-
 def _weights(asked: Sequence[float | str] | None, count: int) -> tuple[Fraction, ...]:
     """One exact weight for each skill."""
     if not count:
@@ -117,11 +114,12 @@ def _prepare(
     opened = open_checkpoint(base)
     skills = tuple(skill_in(folder, opened) for folder in folders)
     _check_different(skills)
-    architecture = _architecture(skills)
+    architecture = union([skill.past for skill in skills], [str(skill.folder) for skill in skills])
     wide = {name for skill, weight in zip(skills, weights, strict=True) if weight for name in _wider(skill)}
     _check_wide(wide, dtype, opened, architecture, skills)
-    plan = merge_plan(opened.infos, architecture, list(_ingredients(skills, weights)))
-    sources: dict[str, Tensors] = {BASE: opened} | {_source(i): skill.tensors for i, skill in enumerate(skills)}
+    mixed = (ingredient(s.past, w, source_of(i)) for i, (s, w) in enumerate(zip(skills, weights, strict=True)))
+    plan = merge_plan(opened.infos, architecture, list(mixed))
+    sources: dict[str, Tensors] = {BASE: opened} | {source_of(i): skill.tensors for i, skill in enumerate(skills)}
     plan.check({name: source.infos for name, source in sources.items()})
     found = costs(plan, sources, report)
     if dtype is not None:
@@ -131,21 +129,20 @@ def _prepare(
         if cost.too_large:
             raise RequestError(f"{cost.too_large:,} of its weights become too large for their dtype", tensor=name)
     layout = lay(plan, opened.headers, opened.infos, opened.index)
-    return _Job(opened, architecture, skills, weights, plan, layout, sum(found.values(), Rounding()))
+    total = sum(found.values(), Rounding())
+    return _Job(opened, architecture, skills, weights, plan, layout, total, _inexact(plan, sources, skills, total))
 
 
-def _architecture(skills: Sequence[Skill]) -> Architecture:
-    """All that any of the skills grew. Raises RequestError where they do not read the base as the same family."""
-    first = skills[0].past.architecture
-    groups: dict[str, Group] = {}
-    for skill in skills:
-        its = skill.past.architecture
-        shared = (group for group in its.groups if groups.setdefault(group.path, group).mlps != group.mlps)
-        if its.family != first.family or any(shared):
-            raise RequestError(
-                f"it was grown by another declaration of the family than {skills[0].folder}", file=str(skill.folder)
-            )
-    return Architecture(first.family, tuple(groups.values()))
+def _inexact(plan: Plan, sources: Mapping[str, Tensors], skills: Sequence[Skill], total: Rounding) -> int:
+    """How many weights of the base a merge does not have in it exactly, as far as it has them."""
+    halves = max(skill.past.manifest.inexact_halves for skill in skills)
+    if not total.rounded:
+        return halves
+
+    def of_base(part: Part) -> bool:
+        return is_sum(part) and all(term.source == BASE for term in part.terms)
+
+    return halves + sum(roundings(output, sources, uncounted, of_base).rounded for output in plan.outputs)
 
 
 def _wider(skill: Skill) -> set[str]:
@@ -185,31 +182,6 @@ def _check_different(skills: Sequence[Skill]) -> None:
         seen[print_of] = skill.folder
 
 
-def _ingredients(skills: Sequence[Skill], weights: Sequence[Fraction]) -> Iterator[Ingredient]:
-    for i, (skill, weight) in enumerate(zip(skills, weights, strict=True)):
-        outputs = spliced(skill, _source(i)).named
-        yield Ingredient(outputs, weight, skill.past.manifest.inexact_halves == 0, _moved_rows(skill))
-
-
-def _moved_rows(skill: Skill) -> frozenset[str]:
-    """The MLPs of which the skill trained the base's own rows of gate or up."""
-    return frozenset(mlp.block for mlp in skill.past.architecture.mlps if _moves_rows(skill, mlp))
-
-
-def _moves_rows(skill: Skill, mlp: Mlp) -> bool:
-    """Whether the skill trained the base's own rows of gate or up."""
-    for name, slot in mlp.tensors.items():
-        axis, spans = skill.past.trained.get(name, (slot.axis, ()))
-        if slot.shared or not spans:
-            continue
-        old = int(mlp.width * slot.places)
-        lane = skill.past.plan.named[name].shape[axis] // len(slot.lanes)
-        starts = [i * lane for i in range(len(slot.lanes))]
-        if any(a < start + old and start < b for start in starts for a, b in spans):
-            return True
-    return False
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -220,7 +192,9 @@ def _write_rest(job: _Job, staging: Staging) -> Manifest | None:
         staging.copy(base.folder / file, file)
     if job.layout.index is not None:
         staging.put(INDEX, job.layout.index)
-    mixed = Mixed(job.plan, base, job.architecture, [skill.past.manifest for skill in job.skills], job.weights)
+    mixed = Mixed(
+        job.plan, base, job.architecture, [skill.past.manifest for skill in job.skills], job.weights, job.inexact
+    )
     manifest, config = merge_manifest(mixed), edited(base.config_text, job.plan.config)
     if manifest is not None:
         staging.put(MANIFEST, manifest.text())
@@ -241,7 +215,7 @@ def _checked(job: _Job, written: Checkpoint, report: Progress) -> Iterator[Answe
             weight,
             Regrown({BASE: job.base, SKILL: skill.tensors}, applied(skill, job.base).named),
             frozenset(block.block for block in skill.past.manifest.blocks if not block.filled),
-            _moved_rows(skill),
+            moved_rows(skill.past),
         )
         for skill, weight in zip(job.skills, job.weights, strict=True)
     ]
