@@ -20,10 +20,12 @@ from ckptgrow.checkpoint import MANIFEST, Bits
 from ckptgrow.equivalence import Finding
 from ckptgrow.errors import FormatError
 from ckptgrow.families.declared import recalled
+from ckptgrow.lineage import architecture_of
 from ckptgrow.manifest import Trainable, along
-from ckptgrow.matching import Matching, match, naming
+from ckptgrow.matching import Matching, naming
 from ckptgrow.numeric import FLOATS, Floats, decode, rounded
 from ckptgrow.reference import Reference
+from ckptgrow.respelled import found, found_as, notes_on
 from ckptgrow.tensors import TensorInfo
 from ckptgrow.traces import Cause, Fates, Trace, cause_of, may_be_rounding
 from ckptgrow.trained import Trained
@@ -94,6 +96,7 @@ class Pair:
     trained: TensorInfo
     axis: int
     trainable: Spans
+    found_as: str  # where the trained one lies in what the trainer wrote
 
     @property
     def extent(self) -> int:
@@ -139,7 +142,8 @@ def compare_names(reference: Reference, trained: Trained) -> Job:
     grown, manifest = reference.tensors, reference.manifest
     family = recalled(manifest.family, manifest.declaration)
     named = family, manifest.ties, manifest.trainable[0].name, manifest.in_memory_names
-    matching = match(naming(grown, reference.config, *named), trained)
+    own = naming(grown, reference.config, *named)
+    trained, matching = found(own, trained, lambda: architecture_of(manifest))
     boxes = {tensor.name: tensor for tensor in manifest.trainable}
     pairs, findings = [], list(_misplaced(matching))
     for name, theirs in [*matching.names.items(), *((owner, head) for head, owner in matching.heads.items())]:
@@ -147,10 +151,12 @@ def compare_names(reference: Reference, trained: Trained) -> Job:
         axis, trainable = _cut(mine, boxes.get(name))
         problem = _misfit(mine, its)
         if problem:
-            findings.append(Finding(theirs, problem))
+            findings.append(Finding(found_as(trained, theirs), problem))
         else:
-            pairs.append(Pair(mine, its, axis, trainable))
-    return Job(reference, trained, tuple(pairs), tuple(findings), (*reference.notes, *matching.notes))
+            pairs.append(Pair(mine, its, axis, trainable, found_as(trained, theirs)))
+    return Job(
+        reference, trained, tuple(pairs), tuple(findings), (*reference.notes, *matching.notes, *notes_on(trained))
+    )
 
 
 # What stands in a name where a tensor was saved before it was put together again, and what to do.
@@ -235,7 +241,7 @@ def _measure(pair: Pair, mine: Bits, its: Bits) -> tuple[Drift, Trace]:
     if before and trace.form:
         for one, other in _blocks(pair, mine, its, pair.frozen):
             trace.add(rounded(decode(one, pair.grown.dtype), pair.trained.dtype), decode(other, pair.trained.dtype))
-    named = pair.grown.name, pair.trained.name, pair.grown.dtype, pair.trained.dtype
+    named = pair.grown.name, pair.found_as, pair.grown.dtype, pair.trained.dtype
     counts = pair.elements(pair.frozen), moved, before
     far = trace.largest, trace.relative, trace.not_finite
     return Drift(*named, *counts, *far, pair.elements(pair.trainable), changed), trace

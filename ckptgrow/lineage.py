@@ -18,7 +18,7 @@ import numpy as np
 from ckptgrow import surgery
 from ckptgrow.checkpoint import CONFIG, MANIFEST, Bits, Checkpoint, ShardFile, digest_of
 from ckptgrow.errors import CkptgrowError, FormatError, PlanError, RequestError
-from ckptgrow.families import Architecture, locate
+from ckptgrow.families import EVERY, Architecture, locate
 from ckptgrow.families.declared import recalled
 from ckptgrow.identity import Base
 from ckptgrow.manifest import EXPAND, Manifest, along, growth_of, load_manifest, manifest_file, named_in, read_mask
@@ -120,6 +120,12 @@ def _spliced(output: Output, past: Past, source: str) -> Output:
         parts.append(Part(part.size, (Term(source, output.name, range(taken, taken + part.size)),), part.grown))
         taken += part.size
     return replace(output, parts=tuple(parts))
+
+
+def architecture_of(manifest: Manifest) -> Architecture:
+    """All MLPs of the base that a manifest describes: growing changes neither names nor layout."""
+    base = described(manifest.base)
+    return locate(base.config, base.infos, EVERY, recalled(manifest.family, manifest.declaration))
 
 
 def described(base: Base) -> Checkpoint:

@@ -7,7 +7,7 @@ one to one: where a trainer stacks what lies apart on disk, a view with the name
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,8 @@ def match(own: Naming, trained: Trained) -> Matching:
     """Find every own tensor among the trained ones. Raises RequestError for the names of an unmerged LoRA."""
     if any(".lora_" in name for name in trained.infos):
         raise unmerged(trained.folder)
-    shift = _shift(own, [plain(name) for name in trained.infos])
+    forms = [form for form, name in own.known.items() if name == own.probe]
+    shift = shift_of(own.known, forms, [plain(name) for name in trained.infos])
     names: dict[str, str] = {}
     doubles, others = {}, []
     for name in trained.infos:
@@ -116,7 +117,7 @@ def plain(name: str, wrappers: frozenset[str] = WRAPPERS) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shift:
+class Shift:
     """One prefix that all trained names have too much or too little."""
 
     drop: str = ""
@@ -125,15 +126,18 @@ class _Shift:
     def of(self, name: str) -> str:
         return self.add + name.removeprefix(self.drop) if name.startswith(self.drop) else name
 
+    def back(self, name: str) -> str:
+        """What a tensor of that name would be called among the trained ones."""
+        return self.drop + name.removeprefix(self.add)
 
-def _shift(own: Naming, names: list[str]) -> _Shift:
-    """The prefix under which most names are known, looked for on one tensor that must be there."""
-    forms = [form for form, name in own.known.items() if name == own.probe]
-    shifts = [_Shift()]
+
+def shift_of(known: Collection[str], forms: Iterable[str], names: Sequence[str]) -> Shift:
+    """The prefix under which most names are known, looked for on one tensor that must be there in one of `forms`."""
+    shifts = [Shift()]
     for form in forms:
-        shifts += [_Shift(drop=name.removesuffix(form)) for name in names if name.endswith("." + form)]
-        shifts += [_Shift(add=form.removesuffix(name)) for name in names if form.endswith("." + name)]
-    return max(dict.fromkeys(shifts), key=lambda shift: sum(shift.of(name) in own.known for name in names))
+        shifts += [Shift(drop=name.removesuffix(form)) for name in names if name.endswith("." + form)]
+        shifts += [Shift(add=form.removesuffix(name)) for name in names if form.endswith("." + name)]
+    return max(dict.fromkeys(shifts), key=lambda shift: sum(shift.of(name) in known for name in names))
 
 
 def _heads(own: Naming, names: dict[str, str], others: list[str]) -> dict[str, str]:
@@ -166,7 +170,7 @@ def _is_tied(own: Naming, name: str) -> bool:
     return all(bool((one[i : i + (1 << 20)] == other[i : i + (1 << 20)]).all()) for i in range(0, len(one), 1 << 20))
 
 
-def _notes(shift: _Shift, heads: Mapping[str, str], dropped: set[str], beside: list[str]) -> Iterator[str]:
+def _notes(shift: Shift, heads: Mapping[str, str], dropped: set[str], beside: list[str]) -> Iterator[str]:
     if shift.drop or shift.add:
         yield f"all names have {shift.drop or shift.add!r} too {'much' if shift.drop else 'little'} in front"
     yield from (f"{name} was added: it is tied to {owner}" for name, owner in heads.items())

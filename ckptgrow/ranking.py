@@ -24,8 +24,9 @@ import numpy as np
 from ckptgrow.checkpoint import CONFIG, Checkpoint
 from ckptgrow.errors import FormatError, RequestError
 from ckptgrow.families import Architecture, Mlp, ends_in, ties
-from ckptgrow.matching import Matching, Renamed, match, naming
+from ckptgrow.matching import Matching, Renamed, naming
 from ckptgrow.numeric import FLOATS, decode
+from ckptgrow.respelled import found
 from ckptgrow.trained import Trained
 from ckptgrow.units import lanes, side_by_side
 
@@ -98,10 +99,11 @@ def comparison(base: Checkpoint, architecture: Architecture, tuned: Trained) -> 
     if its not in (None, says):
         raise RequestError(f"model_type {its!r}, and {says!r} in {base.folder}", file=str(tuned.folder / CONFIG))
     family, probe = architecture.family, architecture.mlps[0].down
-    matching = match(naming(base, base.config, family, ties(base.config, family, base.infos), probe), tuned)
-    found = Comparison(base, architecture, tuned.folder, Renamed(tuned, matching.names), matching.notes)
-    _check_same(found, matching, tuned)
-    return replace(found, notes=(*matching.notes, *_coarser(found)))
+    own = naming(base, base.config, family, ties(base.config, family, base.infos), probe)
+    tuned, matching = found(own, tuned, lambda: architecture)
+    job = Comparison(base, architecture, tuned.folder, Renamed(tuned, matching.names), matching.notes)
+    _check_same(job, matching, tuned)
+    return replace(job, notes=(*matching.notes, *_coarser(job)))
 
 
 def ranking(job: Comparison, top: int | None, progress: Progress) -> Ranking:

@@ -8,6 +8,7 @@ Refused where repair would destroy what was learned, or could not help.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +17,14 @@ from ckptgrow.config import set_value
 from ckptgrow.drift import Audit, Job, Pair, Progress, compare_names, examine
 from ckptgrow.errors import PlanError, RequestError
 from ckptgrow.execute import write_shards
-from ckptgrow.layout import INDEX, lay
+from ckptgrow.layout import INDEX, Layout, Shard, lay
 from ckptgrow.manifest import CONFIG_KEY
 from ckptgrow.plan import Output, Part, Plan, Term, unchanged
 from ckptgrow.progress import uncounted
+from ckptgrow.respelled import Respelled
 from ckptgrow.staging import Staging, check_space
 from ckptgrow.traces import CAUSES
-from ckptgrow.trained import open_trained
+from ckptgrow.trained import Trained, open_trained
 
 GROWN, TRAINED = "grown", "trained"
 
@@ -77,9 +79,10 @@ def _restored(pair: Pair, name: str) -> Output:
 def repair(job: Job, seen: Audit, drifted: tuple[Pair, ...], out: Path, progress: Progress) -> None:
     """Write OUT, audit it, and only then let it appear."""
     reference, trained = job.reference, job.trained
-    if isinstance(trained, Checkpoint):
-        plan, files = restoration(job, drifted), trained
-        layout = lay(plan, files.headers, files.infos, files.index, TRAINED)
+    found, laid = _as_it_lies(trained)
+    if found is not None:
+        plan, files = restoration(job, drifted), found
+        layout = relaid(plan, files, laid) if laid else lay(plan, files.headers, files.infos, files.index, TRAINED)
         beside = [*files.companions()[0], *(name for name in (CARD,) if (files.folder / name).is_file())]
     else:
         plan, files = renewal(job, drifted), reference.files
@@ -99,6 +102,31 @@ def repair(job: Job, seen: Audit, drifted: tuple[Pair, ...], out: Path, progress
         if again.cause != "nothing" or again.findings or again.total("changed") != seen.total("changed"):
             raise PlanError("the repaired checkpoint is not what it should be", hint="Nothing was kept. Report it.")
         staging.commit()
+
+
+def _as_it_lies(trained: Trained) -> tuple[Checkpoint | None, Mapping[str, tuple[str, ...]] | None]:
+    """The files of safetensors that are to be written again, and where the tensors compared are places in theirs,
+    which of them make up each. None where the grown checkpoint's files are to be written instead."""
+    if isinstance(trained, Respelled):
+        whole = trained.trained
+        return (whole, trained.laid) if isinstance(whole, Checkpoint) and trained.laid else (None, None)
+    return (trained, None) if isinstance(trained, Checkpoint) else (None, None)
+
+
+def relaid(plan: Plan, files: Checkpoint, laid: Mapping[str, tuple[str, ...]]) -> Layout:
+    """The same files with the same headers, where the outputs of a Plan laid end to end are the tensors in them."""
+    outputs = plan.named
+    shards = [
+        Shard(
+            file,
+            header,
+            tuple(outputs[name] for info in header.tensors for name in laid[info.name]),
+            False,
+            files.head(file),
+        )
+        for file, header in files.headers.items()
+    ]
+    return Layout(tuple(shards), files.text(INDEX))
 
 
 def _config(job: Job) -> str:

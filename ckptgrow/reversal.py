@@ -23,6 +23,7 @@ from ckptgrow.inversion import compose, invert, renamed
 from ckptgrow.layout import INDEX, Layout, Shard
 from ckptgrow.lineage import Past, Told, find_manifest, stranger
 from ckptgrow.manifest import MERGE, Manifest, load_manifest, previous
+from ckptgrow.matching import Renamed
 from ckptgrow.plan import Plan, unchanged
 from ckptgrow.progress import uncounted
 from ckptgrow.reference import Reference, open_reference
@@ -95,13 +96,13 @@ def prepare(grown: Path, base: Path | None, given: Path | None, *, every: bool) 
             raise RequestError(": ".join(strange), file=str(base), hint="Give the checkpoint that was grown.")
         plan = Plan(tuple(unchanged(info, BASE) for info in source.infos.values()))
         return Undoing(past, len(growths), plan, {BASE: source}, (), (base,), None, notes)
-    names, said = names_of(growths[0], found)
+    mine, said = named(growths[0], found)
     plan, doubtful = _inverted(growths)
-    plan = renamed(plan, TRAINED, names)
-    plan.check({TRAINED: found.infos})
+    plan = renamed(plan, TRAINED, mine.names)
+    plan.check({TRAINED: mine.trained.infos})
     folders = tuple(dict.fromkeys((path.parent, grown)))
     reference = path.parent if path.parent != grown and any(path.parent.glob("*.safetensors")) else None
-    return Undoing(past, len(growths), plan, {TRAINED: found}, doubtful, folders, reference, (*notes, *said))
+    return Undoing(past, len(growths), plan, {TRAINED: mine.trained}, doubtful, folders, reference, (*notes, *said))
 
 
 def _inverted(growths: tuple[Past, ...]) -> tuple[Plan, tuple[str, ...]]:
@@ -130,8 +131,8 @@ def _gone(past: Past, lost: tuple[str, ...]) -> RequestError:
     return RequestError(told, tensor=lost[0], hint="Give --base BASE.")
 
 
-def names_of(last: Past, found: Trained) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Grown name -> trained name, for every tensor of the grown checkpoint, and notes. Refuses a misfit."""
+def named(last: Past, found: Trained) -> tuple[Renamed, tuple[str, ...]]:
+    """The trained tensors under the names of the grown checkpoint, all of them, and notes. Refuses a misfit."""
     told = Told(last)
     text = last.manifest.text().encode()
     reference = Reference(told, last.manifest.base.config, last.manifest, text, last.base)
@@ -142,7 +143,7 @@ def names_of(last: Past, found: Trained) -> tuple[dict[str, str], tuple[str, ...
     for name in told.infos.keys() - names.keys():  # a head that the trainer left out because it is tied
         rest = {other: info for other, info in told.infos.items() if other != name}
         names[name] = names[next(iter(ties(last.base.config, last.architecture.family, rest).values()))]
-    return names, job.notes
+    return Renamed(job.trained, names), job.notes
 
 
 def check_doubtful(job: Undoing) -> None:

@@ -33,7 +33,7 @@ from ckptgrow.matching import Renamed
 from ckptgrow.plan import Output, Part, Plan, Term, unchanged
 from ckptgrow.progress import uncounted
 from ckptgrow.reference import Reference, Regrown, regrown
-from ckptgrow.reversal import names_of
+from ckptgrow.reversal import named
 from ckptgrow.tensors import TensorInfo, arrange
 from ckptgrow.trained import Trained, open_trained
 
@@ -185,8 +185,7 @@ def skill_in(folder: Path, base: Checkpoint) -> Skill:
     path, _ = find_manifest(found, None)
     past = recall(load_manifest(path), str(path))
     text = past.manifest.text().encode()
-    names, _ = names_of(past, found)
-    mine = Renamed(found, names)
+    mine, _ = named(past, found)
     layout = layout_of(past, text, mine)
     boxes = Regrown({TRAINED: mine}, {output.name: output for output in layout.shards[0].outputs})
     skill = Skill(folder, past, text, boxes, _foreign(past, mine))

@@ -29,7 +29,7 @@ PURE += [
     f"families.{room}" for room in ("form", "templates", "decoders", "mixtures", "encoders", "multimodal", "table")
 ]
 PURE += ["families.declared", "families.propose", "families.found", "families.storage", "families.agree"]
-PURE += ["families.locate", "families"]
+PURE += ["families.locate", "families.spelling", "families"]
 PURE += ["surgery", "layout", "proof", "config"]
 ORDER = [
     *PURE,
@@ -50,6 +50,7 @@ ORDER = [
     "folding",
     "trained",
     "matching",
+    "respelled",
     "lineage",
     "reference",
     "traces",

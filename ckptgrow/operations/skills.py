@@ -11,11 +11,10 @@ from ckptgrow.hub import fetch
 from ckptgrow.layout import INDEX, lay
 from ckptgrow.lineage import find_manifest, recall
 from ckptgrow.manifest import load_manifest
-from ckptgrow.matching import Renamed
 from ckptgrow.progress import Meter, Progress, silent
 from ckptgrow.reference import Reference, open_reference
 from ckptgrow.results import Application, Extraction
-from ckptgrow.reversal import names_of
+from ckptgrow.reversal import named
 from ckptgrow.skills import (
     SKILL,
     TRAINED,
@@ -59,8 +58,7 @@ def extract(
     path, notes = find_manifest(found, Path(manifest) if manifest is not None else None)
     past = recall(load_manifest(path), str(path))
     text = past.manifest.text().encode()
-    names, said = names_of(past, found)
-    mine = Renamed(found, names)
+    mine, said = named(past, found)
     reference, gone = from_itself(past, text, mine) if base is None else (_given(base, found, path, bars), ())
     gone = gone or moved(reference, found, Meter(report, "comparing", sum(i.elements for i in found.infos.values())))
     layout = layout_of(past, text, mine)

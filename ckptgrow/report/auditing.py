@@ -54,7 +54,8 @@ def _far(drift: Drift) -> str:
     far = f"by up to {drift.largest:.3g} (relative {drift.largest_relative:.2g})"
     lost = f", {drift.not_finite:,} not finite" if drift.not_finite else ""
     hidden = "" if drift.moved else f", none of it in {drift.dtype}"
-    return f"{drift.tensor}: {count:,} of {drift.frozen:,} frozen elements moved {far}{lost}{hidden}"
+    place = f" (in {drift.found_as})" if "[" in drift.found_as else ""
+    return f"{drift.tensor}{place}: {count:,} of {drift.frozen:,} frozen elements moved {far}{lost}{hidden}"
 
 
 def _verdict(seen: Audit) -> str:
