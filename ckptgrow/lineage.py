@@ -62,7 +62,10 @@ class Told:
 
     def bits(self, name: str) -> Bits:
         """The base's digest in the place of the elements: equal where they are, and good for nothing else."""
-        return np.frombuffer(self.past.manifest.base.digests[name].encode(), np.uint8)
+        return np.frombuffer(self.digest(name).encode(), np.uint8)
+
+    def digest(self, name: str) -> str:
+        return self.past.manifest.base.digests[name]
 
 
 def recall(manifest: Manifest, file: str) -> Past:

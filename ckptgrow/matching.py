@@ -22,6 +22,21 @@ WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoin
 _STATE = frozenset({"optimizer", "optimizers", "optim", "lr_scheduler", "scheduler", "dataloader", "train_state"})
 
 
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """One prefix that all trained names have too much or too little."""
+
+    drop: str = ""
+    add: str = ""
+
+    def of(self, name: str) -> str:
+        return self.add + name.removeprefix(self.drop) if name.startswith(self.drop) else name
+
+    def back(self, name: str) -> str:
+        """What a tensor of that name would be called among the trained ones."""
+        return self.drop + name.removeprefix(self.add)
+
+
 @dataclass(frozen=True)
 class Naming:
     """A checkpoint as others may name it.
@@ -48,6 +63,7 @@ class Matching:
     strangers: tuple[str, ...]
     missing: tuple[str, ...]
     notes: tuple[str, ...]
+    shift: Shift
 
 
 @dataclass(frozen=True)
@@ -108,27 +124,13 @@ def match(own: Naming, trained: Trained) -> Matching:
         strangers=tuple(name for name in strangers if name not in beside),
         missing=tuple(name for name in own.tensors.infos if name not in names and name not in dropped),
         notes=tuple(_notes(shift, heads, dropped, beside)),
+        shift=shift,
     )
 
 
 def plain(name: str, wrappers: frozenset[str] = WRAPPERS) -> str:
     """The name without what wrappers put into it."""
     return ".".join(part for part in name.split(".") if part not in wrappers)
-
-
-@dataclass(frozen=True, slots=True)
-class Shift:
-    """One prefix that all trained names have too much or too little."""
-
-    drop: str = ""
-    add: str = ""
-
-    def of(self, name: str) -> str:
-        return self.add + name.removeprefix(self.drop) if name.startswith(self.drop) else name
-
-    def back(self, name: str) -> str:
-        """What a tensor of that name would be called among the trained ones."""
-        return self.drop + name.removeprefix(self.add)
 
 
 def shift_of(known: Collection[str], forms: Iterable[str], names: Sequence[str]) -> Shift:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ import numpy as np
 from ckptgrow.checkpoint import Bits
 from ckptgrow.errors import RequestError
 from ckptgrow.families import Architecture, Slot, in_memory_name
-from ckptgrow.families.spelling import Twin, twins
+from ckptgrow.families.spelling import Place, Twin, twins
 from ckptgrow.matching import Matching, Naming, match, plain, shift_of
+from ckptgrow.recognition import recognised
 from ckptgrow.tensors import DTYPE_BITS, TensorInfo
 from ckptgrow.trained import Trained
 
@@ -114,7 +115,12 @@ def found(own: Naming, trained: Trained, architecture: Callable[[], Architecture
     if not matching.missing and all(alike):
         return trained, matching
     view = respelled(own, trained, architecture())
-    return (view, match(own, view)) if view.made else (trained, matching)
+    matching = match(own, view) if view.made else matching
+    renamed = recognised(own.tensors, matching.missing, view, matching.strangers)
+    if renamed:
+        view = _renamed(view, {matching.shift.back(name): (name, its) for name, its in renamed.items()})
+        matching = match(own, view)
+    return (view, matching) if view.made else (trained, matching)
 
 
 def found_as(trained: Trained, name: str) -> str:
@@ -130,8 +136,10 @@ def notes_on(trained: Trained) -> tuple[str, ...]:
     for parts in trained.made.values():
         for holder in {twin.other.name for twin in parts if twin.other.slot}:
             held[holder] += 1
-    some = next(iter(held), None)
-    return (f"{sum(held.values()):,} tensors lie in {len(held):,} others, as {some}",) if some else ()
+    renamed = [parts[0] for parts in trained.made.values() if not parts[0].other.slot]
+    notes = [f"{sum(held.values()):,} tensors lie in {len(held):,} others, as {some}" for some in [*held][:1]]
+    notes += [f"{len(renamed):,} tensors have other names, as {one.other.name}" for one in renamed[:1]]
+    return tuple(notes)
 
 
 def respelled(own: Naming, trained: Trained, architecture: Architecture) -> Respelled:
@@ -159,6 +167,14 @@ def respelled(own: Naming, trained: Trained, architecture: Architecture) -> Resp
     return _view(trained, {shift.back(name): tuple(parts) for name, parts in made.items()}, infos)
 
 
+def _renamed(view: Respelled, names: Mapping[str, tuple[str, str]]) -> Respelled:
+    """The view with whole tensors under other names: new -> (own, the trained one's)."""
+    made = {new: (Twin(Place(own), Place(its)),) for new, (own, its) in names.items()}
+    called = {its: new for new, (_, its) in names.items()}
+    infos = {called.get(name, name): replace(info, name=called.get(name, name)) for name, info in view.infos.items()}
+    return Respelled(view.trained, infos, {**view.made, **made})
+
+
 def _wanted(own: Naming, architecture: Architecture) -> dict[str, list[Twin]]:
     """By the names that a tensor may have instead, on disk or in memory: the projections that would lie in it."""
     wanted: dict[str, list[Twin]] = defaultdict(list)
@@ -172,7 +188,7 @@ def _wanted(own: Naming, architecture: Architecture) -> dict[str, list[Twin]]:
 def _fitting(those: list[Twin], holder: TensorInfo, infos: Infos, folder: Path) -> list[Twin]:
     """The projections in one tensor, in the layout that its shape is of: stacks are called alike in both layouts."""
     layouts: dict[Slot | None, list[Twin]] = defaultdict(list)
-    for twin in those:
+    for twin in dict.fromkeys(those):  # two sites may say the same
         layouts[twin.other.slot].append(twin)
     wished: dict[tuple[int, ...], list[Twin]] = {}
     for slot, some in layouts.items():

@@ -50,6 +50,7 @@ ORDER = [
     "folding",
     "trained",
     "matching",
+    "recognition",
     "respelled",
     "lineage",
     "reference",

@@ -94,6 +94,7 @@ MIXTURES: tuple[Family, ...] = (
         shared("moe_shared_expert_intermediate_size", f"{_MIXER}.shared_experts", template=UP_DOWN, **_RELU2),
         sparse=True,
         embedding="embeddings.weight",
+        in_memory=(("backbone.", "model."),),
     ),
     *alike(
         "dbrx",

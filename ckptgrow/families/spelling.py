@@ -98,7 +98,7 @@ def twins(architecture: Architecture, names: Iterable[str] = ()) -> Iterator[Twi
             for pattern, after in patterns:
                 match = pattern.fullmatch(name)
                 if match:
-                    block = match["prefix"] + after.replace("{layer}", match["layer"])
+                    block = match["prefix"] + after.replace("{layer}", match.groupdict().get("layer", ""))
                     yield Twin(Place(name), Place(f"{block}.{match['slot']}"))
 
 
