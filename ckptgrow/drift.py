@@ -18,14 +18,14 @@ import numpy as np
 
 from ckptgrow.checkpoint import MANIFEST, Bits
 from ckptgrow.equivalence import Finding
-from ckptgrow.errors import FormatError
+from ckptgrow.errors import FormatError, RequestError
 from ckptgrow.families.declared import recalled
 from ckptgrow.lineage import architecture_of
 from ckptgrow.manifest import Trainable, along
 from ckptgrow.matching import Matching, naming
 from ckptgrow.numeric import FLOATS, Floats, decode, rounded
 from ckptgrow.reference import Reference
-from ckptgrow.respelled import found, found_as, notes_on
+from ckptgrow.respelled import found, found_as, halves, notes_on
 from ckptgrow.tensors import TensorInfo
 from ckptgrow.traces import Cause, Fates, Trace, cause_of, may_be_rounding
 from ckptgrow.trained import Trained
@@ -159,6 +159,29 @@ def compare_names(reference: Reference, trained: Trained) -> Job:
     )
 
 
+def check_order(job: Job) -> None:
+    """Raise RequestError where gate and up stand the other way round in a stack: shapes are the same, but what is
+    frozen of each is the other's."""
+    pairs = {pair.trained.name: pair for pair in job.pairs if pair.frozen}
+    for holder, names in halves(job.trained):
+        some = [pairs[name] for name in names if name in pairs]
+        if len(some) == 2 and not _is(job, some[0], some[0]) and _is(job, some[0], some[1]) and _is(job, *some[::-1]):
+            raise RequestError(
+                "gate and up stand in it the other way round",
+                file=str(job.trained.folder),
+                tensor=holder,
+                hint="Exchange the halves of each expert.",
+            )
+
+
+def _is(job: Job, mine: Pair, its: Pair) -> bool:
+    """Whether the frozen elements of one grown tensor are in the place of another one."""
+    if (mine.frozen, mine.grown.shape) != (its.frozen, its.grown.shape):
+        return False
+    both = job.reference.tensors.bits(mine.grown.name), job.trained.bits(its.trained.name)
+    return not any(_differing(mine, *block)[0] for block in _blocks(mine, *both, mine.frozen))
+
+
 # What stands in a name where a tensor was saved before it was put together again, and what to do.
 _PARTS = "a part of a split tensor: ckptgrow.training.whole puts both together"
 _UNFINISHED = {
@@ -205,6 +228,7 @@ def examine(job: Job, progress: Progress) -> tuple[Audit, tuple[Pair, ...]]:
     def measured(pair: Pair) -> tuple[Drift, Trace]:
         return _measure(pair, *job.bits(pair))
 
+    check_order(job)
     drifts, traces = [], []
     with ThreadPoolExecutor(max_workers=2) as pool:
         for drift, trace in pool.map(measured, job.pairs):

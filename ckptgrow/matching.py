@@ -14,7 +14,7 @@ from typing import Any
 from ckptgrow.checkpoint import Bits, Tensors
 from ckptgrow.families import HEAD, Family, ends_in, in_memory_name, ties
 from ckptgrow.tensors import TensorInfo
-from ckptgrow.trained import Dump, Trained, unmerged
+from ckptgrow.trained import Trained, is_dump, unmerged
 
 # Put between the parts of a name by torch.compile, DDP, FSDP1, activation checkpointing.
 WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -115,7 +115,7 @@ def match(own: Naming, trained: Trained) -> Matching:
             others.append(name)
     heads = _heads(own, names, others)
     strangers = [name for name in others if name not in heads and name not in names.values()]
-    beside = [n for n in strangers if isinstance(trained, Dump) and n.partition(".")[0] in _STATE]
+    beside = [n for n in strangers if is_dump(trained) and n.partition(".")[0] in _STATE]
     dropped = {name for name in own.tensors.infos if name not in names and _is_tied(own, name)}
     return Matching(
         names,

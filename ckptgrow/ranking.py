@@ -26,7 +26,7 @@ from ckptgrow.errors import FormatError, RequestError
 from ckptgrow.families import Architecture, Mlp, ends_in, ties
 from ckptgrow.matching import Matching, Renamed, naming
 from ckptgrow.numeric import FLOATS, decode
-from ckptgrow.respelled import found
+from ckptgrow.respelled import found, notes_on
 from ckptgrow.trained import Trained
 from ckptgrow.units import lanes, side_by_side
 
@@ -103,7 +103,7 @@ def comparison(base: Checkpoint, architecture: Architecture, tuned: Trained) -> 
     tuned, matching = found(own, tuned, lambda: architecture)
     job = Comparison(base, architecture, tuned.folder, Renamed(tuned, matching.names), matching.notes)
     _check_same(job, matching, tuned)
-    return replace(job, notes=(*matching.notes, *_coarser(job)))
+    return replace(job, notes=(*matching.notes, *notes_on(tuned), *_coarser(job)))
 
 
 def ranking(job: Comparison, top: int | None, progress: Progress) -> Ranking:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -140,6 +140,15 @@ def notes_on(trained: Trained) -> tuple[str, ...]:
     notes = [f"{sum(held.values()):,} tensors lie in {len(held):,} others, as {some}" for some in [*held][:1]]
     notes += [f"{len(renamed):,} tensors have other names, as {one.other.name}" for one in renamed[:1]]
     return tuple(notes)
+
+
+def halves(trained: Trained) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Of each stack that holds two projections of an expert: its name, and the tensors that those of the first are."""
+    held: dict[str, list[str]] = defaultdict(list)
+    for name, (first, *_) in trained.made.items() if isinstance(trained, Respelled) else ():
+        if first.other.slot and len(first.other.slot.lanes) == 2 and not first.other.expert:
+            held[first.other.name].append(name)
+    yield from ((holder, tuple(names)) for holder, names in held.items() if len(names) == 2)
 
 
 def respelled(own: Naming, trained: Trained, architecture: Architecture) -> Respelled:

@@ -137,6 +137,11 @@ class Dump:
         return raw.view(kind).reshape(info.shape)
 
 
+def is_dump(trained: Trained) -> bool:
+    """Whether it is a dump of a training run, or a view of one."""
+    return isinstance(getattr(trained, "trained", trained), Dump)
+
+
 def open_dump(folder: Path, beside: Path) -> Dump:
     """Open a torch.distributed.checkpoint; config.json is looked for in it and in the folder that was given."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
