@@ -50,3 +50,7 @@ class OutputError(CkptgrowError):
 
 class HubError(CkptgrowError):
     """The Hub has no such repository, does not let us in, or cannot be reached."""
+
+
+class FreezeError(CkptgrowError):
+    """Training would not keep, or did not keep, the frozen part: a foreign manifest, a wrapper, a leak."""

@@ -68,6 +68,7 @@ ORDER = [
     "mixture",
     "hub",
     "training.cut",
+    "training.stacks",
     "training.resolve",
     "training.masters",
     "training.handle",

@@ -19,10 +19,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ckptgrow.errors import FreezeError
 from ckptgrow.manifest import Manifest, load_manifest
 from ckptgrow.training.handle import KEPT_AS, Handle, Stats
 from ckptgrow.training.mask import MaskHandle, check_hooks_run, check_maskable
-from ckptgrow.training.resolve import FreezeError, find_manifest, resolve
+from ckptgrow.training.resolve import find_manifest, resolve
 from ckptgrow.training.split import SplitHandle, SplitLinear, check_splittable, check_unwrapped, put_together
 
 How = Literal["split", "mask"]

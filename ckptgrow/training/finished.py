@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckptgrow import report
+from ckptgrow.errors import FreezeError
 from ckptgrow.operations import audit
-from ckptgrow.training.resolve import FreezeError
 
 
 def audit_saved(grown: Path | str, trained: Path | str) -> None:

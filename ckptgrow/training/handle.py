@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from ckptgrow.errors import FreezeError
 from ckptgrow.manifest import Manifest
 from ckptgrow.training.cut import Cut, fingerprint
 from ckptgrow.training.masters import has_masters
-from ckptgrow.training.resolve import FreezeError, Target
+from ckptgrow.training.resolve import Target
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,11 @@ try:
 except ModuleNotFoundError:
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment, unused-ignore]
 
+from ckptgrow.errors import FreezeError
 from ckptgrow.manifest import CONFIG_KEY, Manifest, load_manifest
 from ckptgrow.training import Handle, How, freeze, require_grad
 from ckptgrow.training.handle import KEPT_AS
-from ckptgrow.training.resolve import FreezeError, find_manifest
+from ckptgrow.training.resolve import find_manifest
 
 
 class FreezeCallback(Callback):  # type: ignore[misc, unused-ignore]

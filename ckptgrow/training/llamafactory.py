@@ -12,9 +12,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ckptgrow.errors import CkptgrowError
+from ckptgrow.errors import CkptgrowError, FreezeError
 from ckptgrow.training.finished import audit_saved
-from ckptgrow.training.resolve import FreezeError
 from ckptgrow.training.transformers import FreezeCallback
 
 _OWN = ("ckptgrow_manifest", "ckptgrow_how")

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ckptgrow.errors import FreezeError
 from ckptgrow.training.cut import Cut
 from ckptgrow.training.handle import Handle, local, unwrapped
 from ckptgrow.training.masters import Master, has_masters, steps_on
-from ckptgrow.training.resolve import FreezeError, Target
+from ckptgrow.training.resolve import Target
 
 # Keys of an optimizer's groups that shrink a weight whose gradient is zero; `lambd` is ASGD's.
 _DECAYS = ("weight_decay", "lambd")

@@ -22,11 +22,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ckptgrow.errors import FreezeError
 from ckptgrow.manifest import Manifest
 from ckptgrow.policy import Box, across
 from ckptgrow.training.cut import Cut
 from ckptgrow.training.mask import MaskHandle
-from ckptgrow.training.resolve import FreezeError, Target, find_manifest, resolve
+from ckptgrow.training.resolve import Target, find_manifest, resolve
 
 _INITS = (True, False, "gaussian", "eva")  # others, as pissa, move a part of the base's weights into the adapter
 _BASE = ".base_layer.weight"

@@ -15,17 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ckptgrow.checkpoint import MANIFEST
-from ckptgrow.errors import CkptgrowError, FormatError
+from ckptgrow.errors import FormatError, FreezeError
 from ckptgrow.hub import preview
 from ckptgrow.manifest import CONFIG_KEY, Manifest, Trainable, load_manifest
 from ckptgrow.matching import WRAPPERS, plain
 from ckptgrow.training.cut import Cut, cut_of
+from ckptgrow.training.stacks import held_in
 
 _LEADING = re.compile(r"^(?:base_model\.model\.)?(?:model\.(?=model\.))*")
-
-
-class FreezeError(CkptgrowError):
-    """Training would not keep, or did not keep, the frozen part: a foreign manifest, a wrapper, a leak."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +58,34 @@ def find_manifest(model: nn.Module, manifest: Manifest | Path | str | None) -> M
 
 
 def resolve(model: nn.Module, manifest: Manifest) -> tuple[Target, ...]:
-    """The model's parameter for every trainable tensor of the manifest. Raises FreezeError, changes nothing."""
+    """The model's parameters for all trainable tensors of the manifest: one each, or one in which several lie.
+
+    Raises FreezeError, changes nothing.
+    """
     named = dict(model.named_parameters(remove_duplicate=False))
     plain = {plain_name(name): name for name in named}
-    return tuple(_target(model, named, plain, tensor, manifest) for tensor in manifest.trainable)
+
+    def find(known: str) -> str | None:
+        candidates = list(_variants(known))
+        return next((n for n in candidates if n in named), None) or next(
+            (plain[n] for n in candidates if n in plain), None
+        )
+
+    def find_shape(known: str) -> tuple[str, tuple[int, ...]] | None:
+        name = find(known)
+        return None if name is None else (name, _shape(named[name]))
+
+    one = {}
+    for tensor in manifest.trainable:
+        names = filter(None, map(find, dict.fromkeys((tensor.name, manifest.in_memory_names.get(tensor.name, "")))))
+        one[tensor.name] = next(names, None)
+    others = [t for t in manifest.trainable if (n := one[t.name]) is None or _shape(named[n]) != t.shape]
+    held, placed = held_in(others, manifest, find_shape) if others else ({}, set())
+    targets = []
+    for tensor in manifest.trainable:
+        if tensor.name not in placed:
+            targets.append(_target(model, named, one[tensor.name], tensor))
+    return (*targets, *(_target(model, named, name, tensor) for name, tensor in held.items()))
 
 
 def cuts_by_name(manifest: Manifest) -> dict[str, Cut]:
@@ -73,11 +94,7 @@ def cuts_by_name(manifest: Manifest) -> dict[str, Cut]:
     return {plain_name(known): cut for name, cut in cuts if cut is not None for known in _candidates(name, manifest)}
 
 
-def _target(
-    model: nn.Module, named: Mapping[str, Tensor], plain: Mapping[str, str], tensor: Trainable, manifest: Manifest
-) -> Target:
-    candidates = list(_candidates(tensor.name, manifest))
-    name = next((n for n in candidates if n in named), None) or next((plain[n] for n in candidates if n in plain), None)
+def _target(model: nn.Module, named: Mapping[str, Tensor], name: str | None, tensor: Trainable) -> Target:
     if name is None:
         raise FreezeError(
             "the model has no such parameter",
@@ -105,10 +122,15 @@ def _cut(tensor: Trainable) -> Cut | None:
 def _candidates(name: str, manifest: Manifest) -> Iterator[str]:
     """The names under which a tensor may be held: as on disk, as in memory, below or without a model's head."""
     for known in dict.fromkeys((name, manifest.in_memory_names.get(name, name))):
-        yield known
-        yield "model." + known
-        if known.startswith("model."):
-            yield known.removeprefix("model.")
+        yield from _variants(known)
+
+
+def _variants(known: str) -> Iterator[str]:
+    """A name itself, and below or without a model's head."""
+    yield known
+    yield "model." + known
+    if known.startswith("model."):
+        yield known.removeprefix("model.")
 
 
 def plain_name(name: str) -> str:

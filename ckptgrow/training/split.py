@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from ckptgrow.errors import FreezeError
 from ckptgrow.manifest import Manifest
 from ckptgrow.training.cut import Cut, Span, interleave
 from ckptgrow.training.handle import Handle
-from ckptgrow.training.resolve import FreezeError, Target, cuts_by_name, plain_name
+from ckptgrow.training.resolve import Target, cuts_by_name, plain_name
 
 FROZEN, TRAINED = "_frozen", "_trained"
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
@@ -250,6 +251,8 @@ def _trouble(target: Target, uses: int) -> str | None:
     kind = type(target.module)
     if kind is SplitLinear:
         return "it is split already"
+    if len(target.tensor.shape) > 2:
+        return f"it is a stack of {target.tensor.shape[0]} experts in three dimensions"
     if kind is not nn.Linear:
         return f"it is a parameter of {kind.__name__}, not of a plain torch.nn.Linear,"
     if hasattr(target.parameter, "to_local") or hasattr(target.parameter, "ds_id"):

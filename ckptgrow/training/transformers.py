@@ -14,9 +14,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ckptgrow.checkpoint import MANIFEST
+from ckptgrow.errors import FreezeError
 from ckptgrow.manifest import Manifest
 from ckptgrow.training import Handle, How, freeze, require_grad
-from ckptgrow.training.resolve import FreezeError, find_manifest
+from ckptgrow.training.resolve import find_manifest
 
 
 class FreezeCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
