@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ckptgrow.errors import FreezeError
+from ckptgrow.errors import FormatError, FreezeError
 from ckptgrow.families import Slot, in_memory_name
 from ckptgrow.families.spelling import Place, Twin, twins
 from ckptgrow.lineage import architecture_of
@@ -34,7 +34,12 @@ class _Cell:
         own, other = self.twin.own, self.twin.other
         if own.slot is None or other.slot is None:
             return ()
-        _, spans = along(self.tensor.shape, self.tensor.boxes, own.slot.axis)
+        try:
+            axis, spans = along(self.tensor.shape, self.tensor.boxes, own.slot.axis)
+        except FormatError as error:
+            raise FreezeError(error.problem, tensor=self.tensor.name) from None
+        if axis != own.slot.axis:
+            raise FreezeError("its boxes are not ranges of units", tensor=self.tensor.name)
         size = shape[other.slot.axis] // len(other.slot.lanes)
         first = own.lane * size
         inside = ((max(a, first) - first, min(b, first + size) - first) for a, b in spans)
