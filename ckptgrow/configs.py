@@ -23,6 +23,11 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
+def retold(base: Config, architecture: Architecture) -> Config:
+    """The base's config in the words in which the architecture is told."""
+    return {**base, **{edit.path: edit.value for edit in architecture.recast}}
+
+
 def width_keys(architecture: Architecture) -> set[str]:
     """The config keys that growth may change."""
     keys = {group.path for group in architecture.groups}
@@ -31,15 +36,18 @@ def width_keys(architecture: Architecture) -> set[str]:
 
 def changes(base: Config, grown: Config, architecture: Architecture) -> Iterator[str]:
     """Keys that both have, with other values, but for those of the widths."""
-    mine, theirs = dict(_flat(base)), dict(_flat(grown))
+    mine, theirs = dict(_flat(retold(base, architecture))), dict(_flat(grown))
     for key in (mine.keys() & theirs.keys()) - width_keys(architecture):
         if json.dumps(mine[key]) != json.dumps(theirs[key]):  # as text: NaN is itself, 1 is not 1.0
             yield f"{key} is {theirs[key]!r}, in the base {mine[key]!r}"
+    for group in (group for group in architecture.groups if group.site.entry):
+        if group.beside(mine.get(group.path)) != group.beside(theirs.get(group.path)):
+            yield f"{group.path} says other things besides the widths than in the base"
 
 
 def unclear(base: Config, grown: Config, architecture: Architecture) -> Iterator[str]:
     """Keys that only one config has: transformers writes its defaults out when it saves, the Hub often does not."""
-    mine, theirs = dict(_flat(base)), dict(_flat(grown))
+    mine, theirs = dict(_flat(retold(base, architecture))), dict(_flat(grown))
     for key in sorted((mine.keys() ^ theirs.keys()) - width_keys(architecture)):
         where = "the base" if key in mine else "the grown one"
         yield f"{key} stands only in {where}: the other has a default that is not written here"
@@ -52,7 +60,7 @@ def untold(base: Config, grown: Config, architecture: Architecture, widths: Mapp
         beside = {group.site.under(key): wanted for key, wanted in group.site.also}
         found = [widths[mlp.block] for mlp in group.mlps if widths[mlp.block]]
         old = [mlp.width for mlp in group.mlps if widths[mlp.block]]
-        if found == old and values[group.path] in (None, value_at(base, group.path)):
+        if found == old and values[group.path] in (None, value_at(retold(base, architecture), group.path)):
             continue
         told = [group.told(values, mlp) for mlp in group.mlps if widths[mlp.block]]
         if told != found:

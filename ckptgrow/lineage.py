@@ -98,7 +98,7 @@ def made_again(manifest: Manifest, growth: Growth, file: str) -> Past:
     """A growth of the base that a manifest describes, and its mask. Raises FormatError where there is none."""
     try:
         base, family = described(manifest.base), recalled(manifest.family, manifest.declaration)
-        architecture = locate(base.config, base.infos, growth.tower, family).only(growth.experts)
+        architecture = surgery.architecture_for(growth, base.config, base.infos, family)
         plan = surgery.expand(base.infos, architecture, growth)
         mask = read_mask(plan, base, architecture, growth)
     except CkptgrowError as error:

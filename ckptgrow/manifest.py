@@ -101,6 +101,7 @@ class Manifest:
     history: tuple[Mapping[str, Any], ...]
     layers: tuple[int, ...] | None = None  # the ones that grew; None: all
     declaration: Mapping[str, Any] | None = None  # the family, where it is not one of the table
+    recast: Mapping[str, Any] | None = None  # the config in another family's words: what changed but for the widths
     skills: tuple[Mapping[str, Any], ...] = ()  # of a merge: each skill's manifest, growth and weight
     _file: str | None = field(default=None, init=False, compare=False, repr=False)  # a changed copy does not have it
 
@@ -158,7 +159,7 @@ def describe(
     version: str,
 ) -> Manifest:
     """The manifest of a growth that has been carried out."""
-    family = architecture.family
+    family = architecture.own
     renamed = {tensor.name: in_memory_name(family, tensor.name) for tensor in grown.trainable}
     rules = sorted(set(_rules(architecture, growth)))
     return Manifest(
@@ -179,6 +180,7 @@ def describe(
         history=history(base),
         layers=growth.layers,
         declaration=outside(family),
+        recast={edit.path: edit.value for edit in architecture.recast} or None,
     )
 
 

@@ -58,8 +58,12 @@ def _prove_config(plan: Plan, architecture: Architecture, widths: Mapping[str, i
                 raise PlanError(
                     f"config.json would say {says}, the MLP has width {widths[mlp.block]}", tensor=mlp.block
                 )
-    if edits.keys() - known:
-        raise PlanError(f"config.json would change {sorted(edits.keys() - known)}")
+    told = {edit.path: edit.value for edit in architecture.recast if edit.path not in known}
+    for path, value in told.items():
+        if path not in edits or edits[path] != value:
+            raise PlanError(f"config.json would not say {path} as {architecture.family.model_type!r} does")
+    if edits.keys() - known - told.keys():
+        raise PlanError(f"config.json would change {sorted(edits.keys() - known - told.keys())}")
 
 
 def _prove_mlp(

@@ -68,6 +68,7 @@ class Proposal:
     revision: str | None
     out: str
     family: str
+    recast: str | None  # the model_type that the result has instead
     policy: str
     policy_about: str
     shares: tuple[str, ...]  # one sentence for each kind of unit

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ckptgrow.errors import RequestError
-from ckptgrow.families import Architecture, Group, Mlp
+from ckptgrow.families import Architecture, Family, Group, Mlp, locate, recast
 from ckptgrow.layers import spelled
 from ckptgrow.plan import Edit, Output, Part, Plan, Share, Term, unchanged
 from ckptgrow.policy import POLICIES, SHARE_CHOICES, Policy, ShareChoice, kinds, shares
@@ -76,6 +76,17 @@ class Growth:
         return rounded
 
 
+def architecture_for(
+    growth: Growth, config: Mapping[str, Any], infos: Mapping[str, TensorInfo], family: Family | None = None
+) -> Architecture:
+    """What of a checkpoint a growth is about: one tower, its experts; told so that layers can differ.
+
+    Raises FamilyError and RequestError.
+    """
+    architecture = locate(config, infos, growth.tower, family).only(growth.experts)
+    return recast(architecture, config, infos) if growth.uneven == "native" else architecture
+
+
 def expand(infos: Mapping[str, TensorInfo], architecture: Architecture, growth: Growth) -> Plan:
     """The Plan that grows MLPs by copying their first units, in rounds, without changing the function.
 
@@ -90,8 +101,10 @@ def expand(infos: Mapping[str, TensorInfo], architecture: Architecture, growth: 
     mlps = [mlp for mlp in architecture.mlps if widths[mlp.block] != mlp.width]
     grown = {name: _grow(infos[name], mlp, widths[mlp.block], growth) for mlp in mlps for name in mlp.tensors}
     outputs = tuple(grown.get(name) or unchanged(info, BASE) for name, info in infos.items())
-    edits = [edit for group in architecture.groups for edit in group.edits(widths).items()]
-    return Plan(outputs, tuple(Edit(path, value) for path, value in edits))
+    edits = {edit.path: edit.value for edit in architecture.recast}
+    for group in architecture.groups:
+        edits |= group.edits(widths)
+    return Plan(outputs, tuple(Edit(path, value) for path, value in edits.items()))
 
 
 def new_widths(architecture: Architecture, growth: Growth) -> dict[str, int]:

@@ -29,7 +29,7 @@ PURE += [
     f"families.{room}" for room in ("form", "templates", "decoders", "mixtures", "encoders", "multimodal", "table")
 ]
 PURE += ["families.declared", "families.propose", "families.found", "families.storage", "families.agree"]
-PURE += ["families.locate", "families.spelling", "families"]
+PURE += ["families.locate", "families.recast", "families.spelling", "families"]
 PURE += ["surgery", "layout", "proof", "config"]
 ORDER = [
     *PURE,

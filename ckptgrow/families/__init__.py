@@ -7,6 +7,7 @@ found.py       what is found: MLPs, in groups that one config key describes
 storage.py     weights that are no plain floats
 agree.py       what the MLPs of one checkpoint must have in common
 locate.py      a declaration held against a checkpoint
+recast.py      a checkpoint in the words of a family whose config says a width for each layer
 """
 
 from ckptgrow.families.form import MAIN, Family, Site, Slot, Template, adapted, flat, linear, stack
@@ -22,6 +23,7 @@ from ckptgrow.families.locate import (
     scoped,
     ties,
 )
+from ckptgrow.families.recast import recast, recast_like
 from ckptgrow.families.storage import SCALES
 from ckptgrow.families.table import FAMILIES, REFUSED
 
@@ -47,6 +49,8 @@ __all__ = [
     "in_memory_name",
     "linear",
     "locate",
+    "recast",
+    "recast_like",
     "scoped",
     "stack",
     "ties",

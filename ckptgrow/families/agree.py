@@ -47,6 +47,8 @@ def check_together(family: Family, config: Mapping[str, Any], groups: Sequence[G
     for group in groups:
         _check_widths(group)
         _check_hidden(group, config)
+        if group.site.entry:
+            _check_entries(group, value_at(config, group.site.under(group.site.depth)))
     first: dict[int, Mlp] = {}
     for mlp in (mlp for group in groups for mlp in group.mlps):
         _check_same_slots(first.setdefault(id(mlp.site), mlp), mlp)
@@ -71,7 +73,7 @@ def _check_widths(group: Group) -> None:
     """What one config value can say: one width, one ratio, multiples where those are declared, or a list."""
     first = next(mlp for mlp in group.mlps if mlp.width == group.width)
     listed = group.site.listed and isinstance(group.says, list)
-    if listed and len(group.says) != len(group.mlps):
+    if listed and not group.site.entry and len(group.says) != len(group.mlps):
         raise FamilyError(f"{group.path} lists {len(group.says)} widths for {len(group.mlps)} MLPs", file="config.json")
     for mlp in group.mlps:
         if mlp.site.rule == "per hidden":
@@ -86,6 +88,24 @@ def _check_widths(group: Group) -> None:
                 f" {first.block}: one config number cannot describe both",
                 tensor=mlp.block,
             )
+
+
+def _check_entries(group: Group, depth: Any) -> None:
+    """An object for each layer, which says the width of its MLP where it has one, and none where it has none."""
+    entries, path = group.says, group.path
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise FamilyError(f"{path} must be a list with an object for each layer", file="config.json")
+    if isinstance(depth, int) and len(entries) != depth:
+        raise FamilyError(f"{path} has {len(entries)} entries for {depth} layers", file="config.json")
+    there = {mlp.layer for mlp in group.mlps}
+    for layer, entry in enumerate(entries):
+        if layer not in there and value_at(entry, group.site.entry) is not None:
+            raise FamilyError(f"{path}[{layer}] says a width, but the layer has no MLP", file="config.json")
+    for mlp in group.mlps:
+        said = group.told({path: entries}, mlp)
+        if said != mlp.width:
+            says = f"does not say {group.site.entry}" if said is None else f"says {said:,g}"
+            raise FamilyError(f"width {mlp.width:,}, but {path}[{mlp.layer}] {says}", tensor=mlp.block)
 
 
 def _check_hidden(group: Group, config: Mapping[str, Any]) -> None:

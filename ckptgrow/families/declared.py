@@ -13,14 +13,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
-from typing import Any
+from typing import Any, get_args
 
 from ckptgrow.errors import FamilyError, FormatError
-from ckptgrow.families.form import Family, Site, Slot, Template
+from ckptgrow.families.form import Family, Rule, Site, Slot, Template
 from ckptgrow.families.table import FAMILIES
 
 _LANES = frozenset({"gate", "up", "down", "norm", "gate_up", "up_gate"})
-_RULES = ("units", "twice", "per hidden", "swiglu")
+_RULES = get_args(Rule)
 _PARTS = ("mlp", "expert", "shared")
 _KEY = re.compile(r"[\w.-]+")
 

@@ -30,9 +30,15 @@ _RELU2: dict[str, Any] = {"default_activation": "relu2"}
 
 DECODERS: tuple[Family, ...] = (
     *alike(
-        "cohere cohere2 diffllama doge ernie4_5 eurobert esmc granite helium hunyuan_v1_dense internlm3 llama minicpm3"
-        " ministral ministral3 mistral olmo qwen2 qwen3 seed_oss smollm3 stablelm",
+        "cohere cohere2 diffllama doge ernie4_5 eurobert esmc granite helium hunyuan_v1_dense internlm3 minicpm3"
+        " ministral ministral3 olmo qwen2 qwen3 seed_oss smollm3 stablelm",
         Site(GLU),
+    ),
+    *alike("llama", Site(GLU), recast="nemotron-nas"),
+    *alike("mistral", Site(GLU), recast="nemotron-nas", windowed=True),
+    # Llama with a width a layer; some layers may have no MLP
+    *alike(
+        "nemotron-nas", Site(GLU, width="block_configs", entry="ffn.ffn_mult", rule="deci", listed=True), sparse=True
     ),
     *alike("qwen3_5_text", Site(GLU), extra_layers=True),
     *alike("exaone4 olmo2 olmo3", Site(GLU), norm_after=True),

@@ -12,8 +12,9 @@ from typing import Literal
 
 MAIN = "main"
 Part = Literal["mlp", "expert", "shared"]
-# How a config key says a width: the width itself, twice it, its ratio to the hidden size, DINOv2's SwiGLU formula.
-Rule = Literal["units", "twice", "per hidden", "swiglu"]
+# How a config key says a width: the width itself, twice it, its ratio to the hidden size, DINOv2's SwiGLU formula,
+# DeciLM's factor.
+Rule = Literal["units", "twice", "per hidden", "swiglu", "deci"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,8 @@ class Site:
 
     In `stem`, {layer} and {expert} are their numbers, {} any number, *. any stretch of the name. The config key
     `width` says the width by `rule`; sites with one key grow together. Where `multiple`, a width is a whole multiple
-    of what the key says (shared experts: one for each); where `listed`, the key may be a list, a number for each layer.
+    of what the key says (shared experts: one for each); where `listed`, the key may be a list, a number for each layer;
+    with `entry`, it is a list of objects, one for each layer, and that dotted key in each says the width.
     `also` holds keys that a grown config must set besides. `open` where other things of the layer lie in the block too.
     `spare`: there may be experts without down, which answer nothing, but whose tensors a loader stacks with the rest.
     """
@@ -149,6 +151,7 @@ class Site:
     rule: Rule = "units"
     multiple: bool = False
     listed: bool = False
+    entry: str = ""
     open: bool = False
     spare: bool = False
     experts: str = ""  # the key with their number, where shapes do not say it
@@ -177,6 +180,8 @@ class Family:
     embedding: str = "embed_tokens.weight"
     in_memory: tuple[tuple[str, str], ...] = ()  # prefix on disk -> prefix in a transformers model
     refuses: tuple[tuple[str, str], ...] = ()  # a tower that cannot grow, and why
+    recast: str = ""  # the model_type of the same layers whose config says a width for each (recast.py)
+    windowed: bool = False  # attention has a sliding window where the config does not say otherwise
 
     @property
     def towers(self) -> tuple[str, ...]:

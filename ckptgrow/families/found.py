@@ -6,6 +6,7 @@ config must say, and, for the checkers, what a config does say.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -14,7 +15,7 @@ from typing import Any
 
 from ckptgrow.errors import FamilyError, RequestError
 from ckptgrow.families.form import Family, Rule, Site, Slot
-from ckptgrow.plan import Member
+from ckptgrow.plan import Edit, Member
 from ckptgrow.tensors import TensorInfo
 
 
@@ -71,12 +72,18 @@ def _swiglu(ratio: int, hidden: int) -> int:
     return (int(int(hidden * ratio) * 2 / 3) + 7) // 8 * 8
 
 
+def _deci(factor: float, hidden: int) -> int:
+    """DeciLM's width: two thirds of hidden x factor, rounded up to a multiple of 256 (vLLM's nemotron_nas.py)."""
+    return -(-int(2 * factor * hidden / 3) // 256) * 256
+
+
 # rule -> the width that a value of the key says
 _WIDTHS: Mapping[Rule, Callable[[Any, int], float]] = {
     "units": lambda value, hidden: value,
     "twice": lambda value, hidden: value / 2,
     "per hidden": lambda value, hidden: int(value * hidden),
     "swiglu": _swiglu,
+    "deci": _deci,
 }
 
 
@@ -94,6 +101,8 @@ _VALUES: Mapping[Rule, Callable[[int, int, Any], Any]] = {
     "twice": lambda width, hidden, present: 2 * width,
     "per hidden": _ratio,
     "swiglu": lambda width, hidden, present: next(r for r in range(1, width + 9) if _swiglu(r, hidden) >= width),
+    # amid the 256 that are rounded up to the width; loaders keep six decimals
+    "deci": lambda width, hidden, present: round((width - 128) * 1.5 / hidden, 6),
 }
 
 
@@ -142,9 +151,11 @@ class Group:
         """What config.json must say when the MLPs have these widths, by block. Raises FamilyError where it cannot."""
         edits = {self.path: self.value_of(widths)} | {self.site.under(key): wanted for key, wanted in self.site.also}
         for mlp in self.mlps:
-            if self.told(edits, mlp) != widths[mlp.block]:
+            said = self.told(edits, mlp)
+            if said != widths[mlp.block]:
+                near = "" if said is None else f", only {said:,g}"
                 raise FamilyError(
-                    f"{self.path} cannot say that its width is {widths[mlp.block]:,}",
+                    f"{self.path} cannot say that its width is {widths[mlp.block]:,}{near}",
                     tensor=mlp.block,
                     hint="Choose another --factor or --width.",
                 )
@@ -152,6 +163,8 @@ class Group:
 
     def value_of(self, widths: Mapping[str, int]) -> Any:
         """What the key must be for these widths, by block: a list only where it must be one."""
+        if self.site.entry:
+            return self._entries(widths)
         say, present = _VALUES[self.site.rule], None if isinstance(self.says, list) else self.says
         values = [say(widths[mlp.block] // self._times(mlp), mlp.hidden, present) for mlp in self.mlps]
         return values if self.site.listed and (isinstance(self.says, list) or len(set(values)) > 1) else values[0]
@@ -159,12 +172,38 @@ class Group:
     def told(self, values: Mapping[str, Any], mlp: Mlp) -> float | None:
         """The width of an MLP that these values of config keys, by dotted path, say; None where they do not."""
         value = values.get(self.path)
-        if isinstance(value, list) and self.site.listed:
+        if self.site.entry:
+            value = self._entry(value, mlp.layer)
+        elif isinstance(value, list) and self.site.listed:
             value = value[mlp.layer] if len(value) == len(self.mlps) else None
-        if type(value) is not int and not (type(value) is float and self.site.rule == "per hidden"):
+        if type(value) is not int and not (type(value) is float and self.site.rule in ("per hidden", "deci")):
             return None
         units = _WIDTHS[self.site.rule](value, mlp.hidden)
         return units * self._times(mlp)
+
+    def _entry(self, entries: Any, layer: int) -> Any:
+        """What a list of objects says of a layer, None where it does not."""
+        there = isinstance(entries, list) and layer < len(entries)
+        return value_at(entries[layer], self.site.entry) if there else None
+
+    def _entries(self, widths: Mapping[str, int]) -> Any:
+        """The list of objects with these widths in it; where it says one already, it says it as it did."""
+        entries, (*outer, key) = copy.deepcopy(self.says), self.site.entry.split(".")
+        for mlp in self.mlps:
+            if self.told({self.path: entries}, mlp) != widths[mlp.block]:
+                inner = value_at(entries[mlp.layer], ".".join(outer)) if outer else entries[mlp.layer]
+                inner[key] = _VALUES[self.site.rule](widths[mlp.block], mlp.hidden, None)
+        return entries
+
+    def beside(self, entries: Any) -> Any:
+        """What a list of objects says besides the widths."""
+        bare = copy.deepcopy(entries)
+        *outer, key = self.site.entry.split(".")
+        for entry in bare if isinstance(bare, list) else ():
+            inner = value_at(entry, ".".join(outer)) if outer else entry
+            if isinstance(inner, dict):
+                inner.pop(key, None)
+        return bare
 
     def _times(self, mlp: Mlp) -> int:
         """How many times the key's width this MLP has."""
@@ -173,10 +212,21 @@ class Group:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family found in a checkpoint: all MLPs of the asked towers."""
+    """A family found in a checkpoint: all MLPs of the asked towers.
+
+    Where it is told in another family's words (recast.py), `native` is the family that it has, and `recast` are the
+    changes to its config.
+    """
 
     family: Family
     groups: tuple[Group, ...]
+    native: Family | None = None
+    recast: tuple[Edit, ...] = ()
+
+    @property
+    def own(self) -> Family:
+        """The family of the checkpoint, whatever words it is told in."""
+        return self.native or self.family
 
     @cached_property
     def mlps(self) -> tuple[Mlp, ...]:

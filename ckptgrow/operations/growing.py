@@ -14,7 +14,7 @@ from ckptgrow.card import card, licence
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, open_checkpoint
 from ckptgrow.errors import FamilyError, FormatError
 from ckptgrow.execute import write_shards
-from ckptgrow.families import EVERY, Architecture, Family, locate, ties
+from ckptgrow.families import EVERY, Architecture, Family, locate, recast_like, ties
 from ckptgrow.hub import Origin, fetch, preview
 from ckptgrow.identity import identify
 from ckptgrow.layers import chosen, ranked
@@ -147,6 +147,7 @@ def verify(
     mine, its = fetch(base, progress=bars), fetch(grown, progress=bars)
     one, other = open_checkpoint(mine.folder), open_checkpoint(its.folder)
     architecture = locate(one.config, one.infos, EVERY, declaration(family))
+    architecture = recast_like(architecture, one.config, one.infos, other.config.get("model_type"))
     answers = list(_answers(one, other, architecture, report))
     if answers[-1].findings:
         answers.append(equivalence.Answer("probed", "not run", "the MLPs are not the same on their weights"))
@@ -236,7 +237,7 @@ def _layers(asked: Layers) -> tuple[int, ...] | None:
 
 def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth, family: Family | None) -> _Job:
     """Everything that can be known, and refused, before the first byte is written."""
-    architecture = locate(base.config, base.infos, growth.tower, family).only(growth.experts)
+    architecture = surgery.architecture_for(growth, base.config, base.infos, family)
     history(base)
     plan = surgery.expand(base.infos, architecture, growth)
     prove(plan, base.infos, architecture)
@@ -249,7 +250,8 @@ def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth, family
         source=origin.id,
         revision=origin.revision,
         out=str(out),
-        family=architecture.family.model_type,
+        family=architecture.own.model_type,
+        recast=architecture.family.model_type if architecture.recast else None,
         policy=growth.policy,
         policy_about=growth.rules.about,
         shares=tuple(_said(architecture, growth)),

@@ -73,6 +73,7 @@ def _inspection(seen: Inspection) -> Iterator[str]:
 def _proposal(what: Proposal) -> Iterator[str]:
     yield row("grow", f"{what.source} ({what.family}) -> {what.out}")
     yield from _grown_blocks(what)
+    yield from _recast(what)
     more = what.parameters_after / what.parameters_before - 1
     yield row("parameters", f"{what.parameters_before:,} -> {what.parameters_after:,} (+{more:.1%})")
     yield row("policy", f"{what.policy}: {what.policy_about}")
@@ -89,6 +90,7 @@ def _proposal(what: Proposal) -> Iterator[str]:
 def _expansion(done: Expansion) -> Iterator[str]:
     what = done.proposal
     yield from _grown_blocks(what)
+    yield from _recast(what)
     yield row("parameters", f"{what.parameters_before:,} -> {what.parameters_after:,}")
     yield row("trainable", f"{what.trainable:,} ({what.trainable_share_of_base:.1%} of the base), policy {what.policy}")
     yield from _shared_out(what)
@@ -107,6 +109,11 @@ def _expansion(done: Expansion) -> Iterator[str]:
 def _grown_blocks(what: Proposal) -> Iterator[str]:
     kind = {False: "units", True: "units, filled with zero columns"}
     yield from widths((b.block, b.layer, f"{b.old_width:,} -> {b.new_width:,} {kind[b.filled]}") for b in what.blocks)
+
+
+def _recast(what: Proposal) -> Iterator[str]:
+    if what.recast:
+        yield row("config", f"model_type {what.recast} in place of {what.family}: a width for each layer, see the card")
 
 
 def _shared_out(what: Proposal) -> Iterator[str]:
