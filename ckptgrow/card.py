@@ -32,7 +32,8 @@ def licence_in(text: str) -> tuple[str, ...]:
 
 def card(manifest: Manifest, licence_lines: tuple[str, ...]) -> str:
     """The whole text; depends on nothing but the manifest and the base's licence."""
-    return "\n".join([*_front(manifest, licence_lines), "", *_done(manifest), "", *_train(manifest), ""])
+    lines = [*_front(manifest, licence_lines), "", *_done(manifest), "", *_loading(manifest), *_train(manifest)]
+    return "\n".join([*lines, ""])
 
 
 def _front(manifest: Manifest, licence_lines: tuple[str, ...]) -> Iterator[str]:
@@ -81,11 +82,43 @@ def _which(manifest: Manifest) -> str:
     return f"{layers} widened {', '.join(steps)} units"
 
 
+def _loading(manifest: Manifest) -> Iterator[str]:
+    """What loads a checkpoint that needs code from elsewhere, and how to add it."""
+    if not _needs_code(manifest):
+        return
+    yield "## Load it"
+    yield ""
+    yield (
+        "Its layers have widths of their own, so its config is that of `DeciLMForCausalLM` (model_type `nemotron-nas`),"
+        " which builds them from `block_configs`. mlx-lm loads it as it is. vLLM has the model built in but takes the"
+        " config class from the checkpoint, and transformers takes the model from there too: copy"
+        " `block_config.py`, `configuration_decilm.py`, `modeling_decilm.py` and the"
+        " `transformers_*.py` files beside them from a repository of NVIDIA's such as"
+        " `nvidia/Llama-3_3-Nemotron-Super-49B-v1` into this folder, add to config.json"
+    )
+    yield ""
+    yield "```json"
+    yield '"auto_map": {'
+    yield '  "AutoConfig": "configuration_decilm.DeciLMConfig",'
+    yield '  "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM"'
+    yield "}"
+    yield "```"
+    yield ""
+    yield "and load it with `trust_remote_code`. That code is not part of this checkpoint and was not run by ckptgrow."
+    yield ""
+
+
+def _needs_code(manifest: Manifest) -> bool:
+    """Whether it is a model that transformers does not have, without code of its own."""
+    return bool(manifest.recast) or (manifest.family == "nemotron-nas" and '"auto_map"' not in manifest.base.config)
+
+
 def _train(manifest: Manifest) -> Iterator[str]:
     yield "## Train it"
     yield ""
+    how = "Load it with `trust_remote_code`" if _needs_code(manifest) else "Load it with transformers as usual"
     yield (
-        "Load it with transformers as usual. Only the elements in the boxes of `ckptgrow.json` should train: one"
+        f"{how}. Only the elements in the boxes of `ckptgrow.json` should train: one"
         " half-open `[start, stop)` pair per dimension, by tensor name; everything else is frozen. In plain PyTorch:"
     )
     yield ""

@@ -125,10 +125,26 @@ def _choice(here: list[_Place], exact: bool) -> tuple[list[_Place], float, bool]
 def compose(outer: Plan, inner: Plan, source: str) -> Plan:
     """The Plan that does `inner` and, with its result as `source`, `outer`. Exact where both are."""
     made = inner.named
-    outputs = (
-        replace(o, parts=tuple(p for part in o.parts for p in _through(part, made, source))) for o in outer.outputs
-    )
-    return Plan(tuple(outputs), outer.config)
+    return Plan(tuple(_composed(output, made, source) for output in outer.outputs), outer.config)
+
+
+def _composed(output: Output, made: Mapping[str, Output], source: str) -> Output:
+    """One output of the outer Plan in terms of the inner one's sources. A whole copy has no axis of its own."""
+    first = made.get(output.name)
+    if first is not None and output.is_copy_of(first.info, source):
+        return first
+    names = {term.name for part in output.parts for term in part.terms}
+    along = {name: _turned(made[name], output.axis) for name in names}
+    return replace(output, parts=tuple(p for part in output.parts for p in _through(part, along, source)))
+
+
+def _turned(output: Output, axis: int) -> Output:
+    """The output along that axis, where it is a whole copy of a tensor."""
+    copied = output.parts[0].bytes_of if len(output.parts) == 1 else None
+    if output.axis == axis or copied is None or copied.units != range(output.extent):
+        return output
+    extent = output.shape[axis]
+    return replace(output, axis=axis, parts=(Part(extent, (replace(copied, units=range(extent)),)),))
 
 
 def renamed(plan: Plan, source: str, names: Mapping[str, str]) -> Plan:

@@ -315,6 +315,7 @@ def _typed(described: dict[str, Any]) -> Manifest:
         for tensor in described["trainable"]
     ]
     typed = {"base": Base(**described["base"]), "counts": Counts(**described["counts"])}
+    typed |= {"growth": {k: tuple(v) if isinstance(v, list) else v for k, v in described["growth"].items()}}
     typed |= {"blocks": tuple(copied), "trainable": tuple(trainable), "history": tuple(described["history"])}
     typed |= {"skills": tuple(described.get("skills", ()))}
     typed |= {"layers": tuple(described["layers"])} if described.get("layers") else {}

@@ -22,6 +22,8 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 Tensors = dict[str, torch.Tensor]
+# Families of any width; those whose config says a factor for each layer have test_native.py.
+USUAL = tuple(name for name, family in FAMILIES.items() if not any(site.entry for site in family.sites))
 # Of a tiny model that transformers makes, of any family.
 TINY = {
     "vocab_size": 64,

@@ -102,9 +102,9 @@ def tiny(model_type: str = "llama", width: int = 4, hidden: int = 3, layers: int
 # Those that any growth fits: no statistics over the width, no key that says a ratio.
 FREE = sorted(
     name
-    for name, family in FAMILIES.items()
-    if not family.statistics
-    and not any(site.template.normed or site.rule == "per hidden" for site in checkpoints.sites_of(family))
+    for name in checkpoints.USUAL
+    if not FAMILIES[name].statistics
+    and not any(s.template.normed or s.rule == "per hidden" for s in checkpoints.sites_of(FAMILIES[name]))
 )
 
 
@@ -122,7 +122,7 @@ PLAIN = [name for name in FREE if _is_plain(name)]
 LAYOUTS = sorted(
     {
         tuple(site.template for site in checkpoints.sites_of(FAMILIES[name])): name
-        for name in sorted(FAMILIES, reverse=True)
+        for name in sorted(checkpoints.USUAL, reverse=True)
     }.values()
 )
 tinies = st.builds(

@@ -38,7 +38,7 @@ PREFIXES = ("model.", "", "language_model.model.", "transformer.")
 # ---------------------------------------------------------------- what is found
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", checkpoints.USUAL)
 def test_a_family_is_found(model_type: str) -> None:
     """Width and hidden size from the shapes, every block once, every tensor in its role, whatever the config says."""
     family = FAMILIES[model_type]
@@ -71,7 +71,7 @@ def test_a_family_is_found_under_any_prefix(model_type: str, prefix: str) -> Non
     assert all(mlp.block.startswith(prefix) for mlp in found.mlps)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", checkpoints.USUAL)
 def test_biases_are_found(model_type: str) -> None:
     """Biases of gate and up grow; the bias of down has no units and stays."""
     found = locate(config_of(model_type, layers=1), infos_of(model_type, layers=1, bias=True))
@@ -104,7 +104,7 @@ def test_the_width_is_never_read_from_the_config() -> None:
         assert locate(config, infos_of("llama", width=4)).width == 4
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", checkpoints.USUAL)
 def test_the_path_of_the_width(model_type: str) -> None:
     """Each dotted key is there in the family's config, and says the width by its rule."""
     config = config_of(model_type)

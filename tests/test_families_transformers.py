@@ -180,8 +180,8 @@ def assert_keys(base: Path, tower: str) -> None:
 
 
 def test_every_family_has_a_case() -> None:
-    """A family added to the table without a case here would go untested."""
-    assert {case["model_type"] for case in CASES.values()} == set(FAMILIES)
+    """A family added to the table without a case here would go untested; transformers has no nemotron-nas."""
+    assert {case["model_type"] for case in CASES.values()} == set(FAMILIES) - {"nemotron-nas"}
 
 
 @pytest.mark.parametrize(("name", "tower"), TOWERS)

@@ -45,10 +45,10 @@ def check_together(family: Family, config: Mapping[str, Any], groups: Sequence[G
     """One width for a key, one hidden size, the same tensors in every layer, every layer and every expert there."""
     _check_stacks(family, spots)
     for group in groups:
-        _check_widths(group)
-        _check_hidden(group, config)
         if group.site.entry:
             _check_entries(group, value_at(config, group.site.under(group.site.depth)))
+        _check_widths(group)
+        _check_hidden(group, config)
     first: dict[int, Mlp] = {}
     for mlp in (mlp for group in groups for mlp in group.mlps):
         _check_same_slots(first.setdefault(id(mlp.site), mlp), mlp)

@@ -89,7 +89,7 @@ def _edits(architecture: Architecture, config: Mapping[str, Any], infos: Infos) 
         "rope_theta": theta,
         "rope_scaling": scaling,
         "attention_bias": False,
-        "mlp_bias": any(slot.bias for slot in mlps[0].tensors.values()),
+        "mlp_bias": _biased(mlps, infos),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "block_configs": [_block(mlp, heads, infos) for mlp in mlps],
     }
@@ -141,19 +141,30 @@ def _check_tensors(mlps: tuple[Mlp, ...], infos: Infos) -> None:
         raise FamilyError("its names must begin with model.layers.", tensor=mlps[0].block)
     known = {f"{layer}.{name}.weight" for layer in layers for name in _LAYER}
     known |= {"model.embed_tokens.weight", "model.norm.weight"}
-    known |= {name for mlp in mlps for name in (*mlp.tensors, *(f"{mlp.block}.{s}" for s in mlp.site.template.still))}
+    known |= {name for mlp in mlps for name in (*mlp.tensors, *_biases(mlp))}
     for name in infos:
         if name not in known | {"lm_head.weight"}:
             raise FamilyError("it has no such tensor", tensor=name)
     for name in sorted(known):
         if name.endswith("weight") and name not in infos:
             raise FamilyError("it is missing", tensor=name)
-    biases = {slot.name for mlp in mlps for slot in mlp.tensors.values() if slot.bias}
+    biases = [name for mlp in mlps for name in _biases(mlp)]
+    for name in biases if _biased(mlps, infos) else ():
+        if name not in infos:
+            raise FamilyError("it is missing, but its MLPs have biases", tensor=name)
     for mlp in mlps:
         _check_shapes(mlp, infos)
-        for name in (*biases, *(mlp.site.template.still if biases else ())):
-            if f"{mlp.block}.{name}" not in infos:
-                raise FamilyError("it is missing, but its MLPs have biases", tensor=f"{mlp.block}.{name}")
+
+
+def _biases(mlp: Mlp) -> list[str]:
+    """What the biases of an MLP are called, whether they are there or not."""
+    template = mlp.site.template
+    names = (*(slot.name for slot in template.slots if slot.bias), *template.still)
+    return [f"{mlp.block}.{name}" for name in names]
+
+
+def _biased(mlps: tuple[Mlp, ...], infos: Infos) -> bool:
+    return any(name in infos for mlp in mlps for name in _biases(mlp))
 
 
 def _check_shapes(mlp: Mlp, infos: Infos) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
+from ckptgrow.layers import spelled
+
 
 def size(nbytes: int) -> str:
     """Bytes in decimal units: 536.2 MB."""
@@ -26,6 +28,5 @@ def widths(blocks: Iterable[tuple[str, int, str]]) -> Iterator[str]:
 def joined(blocks: Iterable[tuple[str, int, str]]) -> Iterator[str]:
     """`layers.0-17.mlp: text` for neighbouring MLPs, given as (name, layer, text), that read the same."""
     for (stem, text), group in groupby(blocks, key=lambda b: (b[0].replace(f".{b[1]}.", ".{}.", 1), b[2])):
-        layers = [layer for _, layer, _ in group]
-        span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
-        yield f"{stem.replace('{}', span)}: {text}"
+        layers = dict.fromkeys(layer for _, layer, _ in group)  # several in a layer: experts
+        yield f"{stem.replace('{}', spelled(layers))}: {text}"
