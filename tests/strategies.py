@@ -125,6 +125,25 @@ LAYOUTS = sorted(
         for name in sorted(checkpoints.USUAL, reverse=True)
     }.values()
 )
+
+
+def fitting(family: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a growth, but for what this family cannot have: layers, part of a round, half of what alternates.
+
+    Where its config may have a list of widths, the layers that do not grow stay as they are.
+    """
+    sites, found = checkpoints.sites_of(FAMILIES[family]), dict(options)
+    if any("{layer}" not in site.stem for site in sites):
+        found.pop("layers", None)
+    if family not in FREE and "width" in found:
+        found |= {"width": None, "factor": 2}
+    if any(slot.span > 1 for site in sites for slot in site.template.slots) and found.get("policy") in ("up", "down"):
+        found["policy"] = "g-freeze"
+    if "layers" in found and any(site.listed for site in sites):
+        found["uneven"] = "native"
+    return found
+
+
 tinies = st.builds(
     tiny,
     st.sampled_from(FREE),

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from strategies import FREE, LAW, LAYOUTS, Tiny, Weights, answer
+from strategies import FREE, LAW, LAYOUTS, Tiny, Weights, answer, fitting
 from test_merge import skill
 from test_revert import grow, train
 from test_skills import alike, run
@@ -85,13 +85,7 @@ def test_merge_is_the_sum(family: str, dtype: str, drawn: list[Any], bias: bool)
         skills, weights = [], []
         for i, (options, policy, shares, weight) in enumerate(drawn):
             options = {"policy": policy, "shares": shares, **options}
-            if "{layer}" not in FAMILIES[family].sites[0].stem:
-                options.pop("layers", None)
-            try:
-                skills.append(skill(base, f"{i}", i, **options))
-            except RequestError as error:
-                assert "which alternate in it" in str(error)  # noqa: PT017 (of interleaved ones both or none)
-                skills.append(skill(base, f"{i}b", i, **{**options, "policy": "g-freeze"}))
+            skills.append(skill(base, f"{i}", i, **fitting(family, options)))
             weights.append(weight)
         done = ckptgrow.merge(base, skills, folder / "out", weights=weights)
         assert verdicts(done) == ["yes"] * 3

@@ -19,8 +19,8 @@ TEXTS = {
 }
 
 
-def learn(grown: Path, text: str, out: Path, steps: int = 3) -> Path:
-    """What plain PyTorch and ckptgrow.training.freeze make of it: a few steps of Adam, saved in bfloat16."""
+def learn(grown: Path, text: str, out: Path, steps: int = 3, decay: float = 0.0) -> Path:
+    """What plain PyTorch and ckptgrow.training.freeze make of it: a few steps of AdamW in fp32, saved in bfloat16."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers", reason="trains the model in real transformers")
     from ckptgrow.training import freeze
@@ -28,7 +28,7 @@ def learn(grown: Path, text: str, out: Path, steps: int = 3) -> Path:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(grown, dtype=torch.float32)
     handle = freeze(model)
-    optimizer = torch.optim.Adam(handle.trained().values(), lr=1e-4)
+    optimizer = torch.optim.AdamW(handle.trained().values(), lr=1e-4, weight_decay=decay)
     tokens = transformers.AutoTokenizer.from_pretrained(grown)(text, return_tensors="pt").input_ids[0]
     for step in range(steps):
         batch = tokens[step * 64 : step * 64 + 64][None]

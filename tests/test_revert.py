@@ -16,7 +16,7 @@ from checkpoints import Tensors
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import LAW
+from strategies import LAW, LAYOUTS, fitting
 
 import ckptgrow
 from ckptgrow.checkpoint import open_checkpoint
@@ -85,7 +85,7 @@ def run(*arguments: object) -> Result:
 
 @settings(LAW, max_examples=40)
 @given(
-    st.sampled_from(["gemma3_text", "gemma3", "phi3", "gpt_neo", "llama"]),
+    st.sampled_from(["gemma3_text", "gemma3", "phi3", "gemma3n_text", *LAYOUTS]),
     st.sampled_from(list(checkpoints.DTYPES)),
     st.sampled_from(WIDTHS),
     st.sampled_from(["auto", "even", "random"]),
@@ -100,7 +100,7 @@ def test_revert_undoes_expand(
         folder = Path(name)
         base = checkpoints.make(folder / "base", family, dtype=dtype, shards=shards, bias=family == "phi3")
         (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# naïve\n", encoding="utf-8")
-        grow(base, folder / "grown", **width, shares=shares, policy=policy, seed=7)
+        grow(base, folder / "grown", **fitting(family, {**width, "shares": shares, "policy": policy, "seed": 7}))
         done = ckptgrow.revert(folder / "grown", folder / "out")
         assert (done.exit_code, done.taken_from, done.notes) == (0, "trained", ())
         assert same(base, folder / "out")

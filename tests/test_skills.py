@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from strategies import LAW
+from strategies import LAW, LAYOUTS, fitting
 from test_revert import DOWN, GATE, NORM, WIDTHS, grow, one_ulp, train
 
 import ckptgrow
@@ -55,9 +55,9 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-@settings(LAW, max_examples=20)
+@settings(LAW, max_examples=25)
 @given(
-    st.sampled_from(["gemma3_text", "gemma3", "phi3", "gpt_neo", "llama"]),
+    st.sampled_from(["gemma3_text", "gemma3", "phi3", "gemma3n_text", *LAYOUTS]),
     st.sampled_from(["F32", "F16", "BF16", "F8_E4M3"]),
     st.sampled_from(WIDTHS),
     st.sampled_from(["auto", "even", "random"]),
@@ -71,7 +71,8 @@ def test_apply_undoes_extract(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = checkpoints.make(folder / "base", family, dtype=dtype, bias=family == "phi3")
-        grown = grow(base, folder / "grown", **width, shares=shares, policy=policy, seed=3)
+        options = {**width, "shares": shares, "policy": policy, "seed": 3}
+        grown = grow(base, folder / "grown", **fitting(family, options))
         trained = train(grown, wide=wide)
         done = ckptgrow.extract(trained, folder / "skill", manifest=grown, base=base)
         assert (done.exit_code, done.elements) == (0, load_manifest(grown).counts.trainable)
