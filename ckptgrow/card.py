@@ -159,11 +159,13 @@ def folded_card(
 def skill_card(manifest: Manifest, elements: int, licence_lines: tuple[str, ...]) -> str:
     """The whole text of a skill's card. `elements`: how many weights it holds."""
     base = manifest.base
-    told = (
-        f"What a training of `{base.id}`, grown by [ckptgrow](https://pypi.org/project/ckptgrow/), learned: the"
-        f" {elements:,} weights that policy `{manifest.policy}` lets train, and nothing else. With the base they make"
-        " the trained model again, bit for bit:"
-    )
+    tool = "[ckptgrow](https://pypi.org/project/ckptgrow/)"
+    what = f"What a training of `{base.id}`, grown by {tool}, learned: the {elements:,} weights that policy"
+    what += f" `{manifest.policy}` lets train"
+    if manifest.skills:
+        what = f"What {len(manifest.skills)} skills of `{base.id}`, merged by {tool}, and training after that learned:"
+        what += f" the {elements:,} weights that are not the base's"
+    told = f"{what}, and nothing else. With the base they make the trained model again, bit for bit:"
     code = ("```sh", f"ckptgrow apply {base.id} THIS_FOLDER OUT", "```", "")
     return "\n".join(
         [*_plain_front(manifest, "skill", licence_lines), "", f"# A skill for {base.id}", "", told, "", *code]
@@ -172,10 +174,13 @@ def skill_card(manifest: Manifest, elements: int, licence_lines: tuple[str, ...]
 
 def applied_card(manifest: Manifest, licence_lines: tuple[str, ...]) -> str:
     """The whole text of the card of a checkpoint made from base and skill."""
+    tool = "[ckptgrow](https://pypi.org/project/ckptgrow/)"
+    how = f"grown by {tool} with policy `{manifest.policy}` and trained"
+    if manifest.skills:
+        how = f"with {len(manifest.skills)} skills merged by {tool}"
     told = (
-        f"This is `{manifest.base.id}`, grown by [ckptgrow](https://pypi.org/project/ckptgrow/) with policy"
-        f" `{manifest.policy}` and trained, put together from the base and a skill. `ckptgrow.json` says which weights"
-        " are the base's; `ckptgrow revert` gives the base back where the policy allows it."
+        f"This is `{manifest.base.id}`, {how}, put together from the base and a skill. `ckptgrow.json` says which"
+        " weights are the base's; `ckptgrow revert` gives the base back where the policy allows it."
     )
     front = _plain_front(manifest, "grown", licence_lines)
     return "\n".join([*front, "", f"# {manifest.base.id}, grown and trained", "", told, ""])

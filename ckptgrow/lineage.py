@@ -44,6 +44,16 @@ class Past:
         return replace(self.plan, outputs=tuple(_spliced(output, self, source) for output in self.plan.outputs))
 
     @cached_property
+    def of_base(self) -> Plan:
+        """The Plan with zeros in the place of all that is not BASE's: of what the skills of a merge learned."""
+
+        def known(part: Part) -> Part:
+            return part if all(term.source == surgery.BASE for term in part.terms) else replace(part, terms=())
+
+        outputs = (replace(output, parts=tuple(map(known, output.parts))) for output in self.plan.outputs)
+        return replace(self.plan, outputs=tuple(outputs))
+
+    @cached_property
     def trained(self) -> Mapping[str, tuple[int, Spans]]:
         """Of each tensor that trains, (axis, the ranges along it that train)."""
         axes = {output.name: output.axis for output in self.plan.outputs}
@@ -73,12 +83,7 @@ def recall(manifest: Manifest, file: str) -> Past:
 
     Raises RequestError where it is no growth, FormatError where it does not say enough, or contradicts itself.
     """
-    if manifest.operation != EXPAND:
-        raise RequestError(
-            f"it is of a {manifest.operation}, which is made of skills and not of one base alone",
-            file=file,
-            hint="Share the skills themselves; what it learns from here on can be extracted where it is grown again.",
-        )
+    check_growth(manifest, file)
     try:
         growth = growth_of(manifest)
     except CkptgrowError as error:
@@ -92,6 +97,16 @@ def recall(manifest: Manifest, file: str) -> Past:
             hint="Give the grown checkpoint itself instead of its base.",
         )
     return replace(past, manifest=manifest)
+
+
+def check_growth(manifest: Manifest, file: str) -> None:
+    """Raise RequestError for the manifest of a merge."""
+    if manifest.operation != EXPAND:
+        raise RequestError(
+            f"it is of a {manifest.operation}, which is made of skills and not of one base alone",
+            file=file,
+            hint="Give the merged checkpoint itself, or the skills that it was made of.",
+        )
 
 
 def made_again(manifest: Manifest, growth: Growth, file: str) -> Past:

@@ -8,7 +8,8 @@ no wider than one. Behind them lie the units that are each skill's own, their co
 A skill adds nothing to an MLP that it did not grow, so the sums are those of the skills that did: skills of other
 layers, towers or experts meet nowhere. What one skill alone grew, at λ = 1, is that skill's MLP as it is, and this is
 all that can be had where an MLP is no sum over its units. One that needs fewer units than its config key says is filled
-up with copies of its own units whose columns are zero (METHOD.md 7); where the key is a list each has its own width.
+up with copies of the base's units whose columns are zero (METHOD.md 7), or where it is no sum with all its own again.
+Where the key is a list each has its own width.
 """
 
 from __future__ import annotations
@@ -147,23 +148,22 @@ def _merged(mix: _Mix, name: str, kept: bool, width: int) -> Output:
     parts: list[Part] = []
     for lane in range(len(slot.lanes)):
         mine: list[Part] = []
+        rows = [Part(old, (Term(BASE, name, range(lane * old, (lane + 1) * old)),))]
         if mix.alone:
             mine += _taken(mix.skills[0], name, lane, int(mix.skills[0].first(mlp) * slot.places))
-        elif kept and slot.shared:
-            mine += _columns(mlp, info, lane, mix.skills)
         elif kept:
-            mine.append(Part(old, (Term(BASE, name, range(lane * old, (lane + 1) * old)),)))
+            mine += _columns(mlp, info, lane, mix.skills) if slot.shared else rows
         for skill in mix.skills if not mix.alone else ():
             mine += _tail(skill, name, lane, int(skill.first(mlp) * slot.places), slot.shared)
         free = new - sum(part.size for part in mine)
-        filling = [Part(free)] if slot.shared else _again(mine, free)
+        filling = [Part(free)] if slot.shared else _again(mine if mix.rigid else rows, free)
         parts += [*mine, *(filling if free else ())]
     shape = tuple(new * len(slot.lanes) if axis == slot.axis else size for axis, size in enumerate(info.shape))
     return Output(name, info.dtype, shape, slot.axis, tuple(parts), mlp.member(name))
 
 
 def _again(parts: Sequence[Part], size: int) -> Iterator[Part]:
-    """The rows of the units that lie before, in rounds, until `size` places are full. They train nothing."""
+    """These rows, in rounds, until `size` places are full. They train nothing."""
     for part in cycle(part for part in parts if part.size):
         taken = min(size, part.size)
         yield Part(taken, tuple(replace(term, units=term.units[:taken]) for term in part.terms))

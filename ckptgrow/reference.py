@@ -141,4 +141,4 @@ def regrown(past: Past, base: Tensors, files: Checkpoint, text: bytes) -> Refere
     """What a growth makes of the base's tensors, which need not lie in `files`; `text` is its manifest's."""
     config = grown_config(files.config_text, past.plan, past.manifest, past.architecture)
     config = set_value(config, f"{CONFIG_KEY}.manifest", digest_of(text))  # an older version may write it otherwise
-    return Reference(Regrown({BASE: base}, past.plan.named), config, past.manifest, text, files)
+    return Reference(Regrown({BASE: base}, past.of_base.named), config, past.manifest, text, files)

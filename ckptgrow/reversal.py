@@ -112,14 +112,14 @@ def _inverted(growths: tuple[Past, ...]) -> tuple[Plan, tuple[str, ...]]:
         halves = past.manifest.inexact_halves == 0
         step = invert(past.plan, past.base.infos, past.trained, exact_halves=halves, source=TRAINED)
         if step.lost:
-            raise _gone(past, step.lost)
+            raise gone(past, step.lost)
         whole = compose(step.plan, whole, TRAINED) if whole else step.plan
         doubtful |= set(step.doubtful)
     assert whole is not None
     return whole, tuple(name for name in growths[-1].base.infos if name in doubtful)
 
 
-def _gone(past: Past, lost: tuple[str, ...]) -> RequestError:
+def gone(past: Past, lost: tuple[str, ...]) -> RequestError:
     """Why a merge does not have the base in it any more."""
     downs = {mlp.down for mlp in past.architecture.mlps} & set(lost)
     columns = [part for output in past.plan.outputs if output.name in downs for part in output.parts]

@@ -25,15 +25,16 @@ from ckptgrow.equivalence import Finding, Progress
 from ckptgrow.errors import FormatError, PlanError, RequestError
 from ckptgrow.execute import digest_of_output
 from ckptgrow.folding import FLOAT32, widened
+from ckptgrow.ingredients import recalled
 from ckptgrow.inversion import Inverse, invert
 from ckptgrow.layout import Layout, Shard
-from ckptgrow.lineage import Past, Spans, find_manifest, recall, stranger
+from ckptgrow.lineage import Past, Spans, check_growth, find_manifest, recall, stranger
 from ckptgrow.manifest import CONFIG_KEY, grown_config, load_manifest
 from ckptgrow.matching import Renamed
 from ckptgrow.plan import Output, Part, Plan, Term, unchanged
 from ckptgrow.progress import uncounted
 from ckptgrow.reference import Reference, Regrown, regrown
-from ckptgrow.reversal import named
+from ckptgrow.reversal import gone, named
 from ckptgrow.tensors import TensorInfo, arrange
 from ckptgrow.trained import Trained, open_trained
 
@@ -74,7 +75,7 @@ def from_itself(past: Past, text: bytes, trained: Renamed) -> tuple[Reference, t
         source=TRAINED,
     )
     if inverse.lost:
-        raise PlanError("no copy of its units adds up to them", tensor=inverse.lost[0])
+        raise gone(past, inverse.lost)
     moved = tuple(_moved(past, inverse, trained))
     outputs = inverse.plan.named
     return regrown(past, Regrown({TRAINED: trained}, outputs), past.base, text), moved
@@ -153,7 +154,7 @@ def check_extracted(layout: Layout, trained: Renamed, written: Skill) -> None:
 def open_skill(folder: Path) -> Skill:
     """A skill folder. Raises FormatError where file and manifest are not whole or not each other's."""
     manifest = load_manifest(folder)
-    past, text = recall(manifest, str(folder / MANIFEST)), manifest.text().encode()
+    past, text = recalled(manifest, str(folder / MANIFEST)), manifest.text().encode()
     tensors = open_file(folder, SKILL_FILE)
     try:
         told: dict[str, Any] = json.loads(tensors.headers[SKILL_FILE].metadata[METADATA_KEY])
@@ -180,6 +181,7 @@ def skill_in(folder: Path, base: Checkpoint) -> Skill:
     if (folder / SKILL_FILE).is_file():
         skill = open_skill(folder)
         check_base(base, skill)
+        check_growth(skill.past.manifest, str(folder))
         return skill
     found = open_trained(folder)
     path, _ = find_manifest(found, None)

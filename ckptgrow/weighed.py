@@ -4,8 +4,8 @@ The sums are made anew from what the trained checkpoints hold, not from the shar
 is the base's has the column (1 - Σ λ)·base + Σ λᵢ·trainedᵢ, one that is a skill's own λᵢ·trainedᵢ, and rows are bytes.
 Each sum is made in two float64, some hundred bits, and rounded once: every weight must be that number. Where a
 weight λ is no power of two, what float64 loses in a product is allowed, 2^-50 of the sum's terms: only of a sum that
-lies so near to the middle between two numbers of the format either will do. Filling repeats the rows of the units
-before it, its columns are zero.
+lies so near to the middle between two numbers of the format either will do. Filling repeats the base's rows, or where
+an MLP is no sum over its units all that lie before it; its columns are zero.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ def weighed(
     """Whether each weight of each MLP is what base and skills make it; the figure says how many were looked at."""
 
     def compare(mlp: Mlp) -> Finding | None:
+        rigid = architecture.family.statistics or mlp.site.template.normed
         live = [skill for skill in skills if skill.weight and mlp.block in skill.grew]
-        problem = _problem(base, live, result, mlp, kept=True)
-        if problem is not None and _problem(base, live, result, mlp, kept=False) is None:
+        problem = _problem(base, live, result, mlp, rigid, kept=True)
+        if problem is not None and _problem(base, live, result, mlp, rigid, kept=False) is None:
             problem = None
         for name in mlp.tensors:
             progress(result.infos[name].nbytes)
@@ -75,7 +76,9 @@ def weighed(
     return Answer("proved", "no" if findings else "yes", figure, findings[:SHOWN])
 
 
-def _problem(base: Tensors, skills: Sequence[Weighed], result: Tensors, mlp: Mlp, kept: bool) -> Finding | None:
+def _problem(
+    base: Tensors, skills: Sequence[Weighed], result: Tensors, mlp: Mlp, rigid: bool, kept: bool
+) -> Finding | None:
     """What is wrong in one MLP that has, if `kept`, the base's own units, then each skill's, then filling."""
     for name, slot in mlp.tensors.items():
         there = [result, base, *(skill.tensors for skill in skills)]
@@ -83,7 +86,8 @@ def _problem(base: Tensors, skills: Sequence[Weighed], result: Tensors, mlp: Mlp
         for (_, its), *others in stacks:
             sources = [_Source(bits, one.infos[name].dtype) for (_, bits), one in zip(others, there[1:], strict=True)]
             sums = list(_sums(sources, skills, mlp, slot.shared, kept))
-            problem = _unlike(_Source(its, result.infos[name].dtype), sums, slot.shared)
+            mine = _Source(its, result.infos[name].dtype)
+            problem = _unlike(mine, sums, None if slot.shared else mine if rigid else sources[0])
             if problem is None and slot.shared and not kept:
                 problem = _lost(sources, skills, mlp)
             if problem is not None:
@@ -121,23 +125,26 @@ def _lost(sources: Sequence[_Source], skills: Sequence[Weighed], mlp: Mlp) -> st
     return None
 
 
-def _unlike(its: _Source, sums: Sequence[_Sum], shared: bool) -> str | None:
-    """How the units of one lane differ from what they should be, filling included."""
-    at = 0
+def _unlike(its: _Source, sums: Sequence[_Sum], filler: _Source | None) -> str | None:
+    """How the units of one lane differ from the sums, and behind them from `filler`'s (itself: all before) or zeros."""
+    at, width = 0, its.bits.shape[1]
     for terms in sums:
         size = terms[0].bits.shape[1]
-        if at + size > its.bits.shape[1]:
-            return f"it has {its.bits.shape[1]:,} units, and those of base and skills are more"
+        if at + size > width:
+            return f"it has {width:,} units, and those of base and skills are more"
         problem = _differing(replace(its, bits=its.bits[:, at : at + size]), terms, at)
         if problem is not None:
             return problem
         at += size
-    for first in range(at, its.bits.shape[1], max(1, at)):
-        filling = its.bits[:, first : first + max(1, at)]
-        before = its.bits[:, : filling.shape[1]]
-        for cut in cuts(filling.shape):
-            if (np.left_shift(filling[cut], 1) if shared else filling[cut] != before[cut]).any():
-                return f"the filling from unit {first:,} on is not " + ("zero" if shared else "the units before it")
+    if filler is None:
+        rest = its.bits[:, at:]
+        some = any(np.left_shift(rest[cut], 1).any() for cut in cuts(rest.shape))
+        return f"the filling from unit {at:,} on is not zero" if some else None
+    step = (at if filler is its else filler.bits.shape[1]) or width
+    for first in range(at, width, step):
+        rest = its.bits[:, first : first + step]
+        if _differing(replace(its, bits=rest), (replace(filler, bits=filler.bits[:, : rest.shape[1]]),), first):
+            return f"the filling from unit {first:,} on is no copy of units"
     return None
 
 

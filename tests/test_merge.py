@@ -178,7 +178,7 @@ def test_other_layers_and_widths(base: Path, tmp_path: Path) -> None:
 
 
 def test_the_manifest(base: Path, tmp_path: Path) -> None:
-    """Valid, with both skills; it trains on, is audited and grown again; extract says why it does not."""
+    """Valid, with both skills; it trains on, is audited and grown again."""
     skills = [skill(base, "a", 1), skill(base, "b", 2, policy="up")]
     out = tmp_path / "out"
     ckptgrow.merge(base, skills, out, weights=[1, 0.5])
@@ -189,9 +189,41 @@ def test_the_manifest(base: Path, tmp_path: Path) -> None:
     trained = train(out)
     assert ckptgrow.audit(out, trained).exit_code == 0
     assert ckptgrow.expand(out, tmp_path / "wider").verification.same  # type: ignore[union-attr]
-    result = run("extract", out, tmp_path / "back")
-    assert (result.exit_code, (tmp_path / "back").exists()) == (2, False)
-    assert "it is of a merge, which is made of skills and not of one base alone. Share the skills" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("layers", "weights", "given"),
+    [((None, None), "1,0.5", False), (((0,), (1,)), "1,1", False), (((0,), None), "1,1", True)],
+)
+@pytest.mark.parametrize("trained_on", [False, True])
+def test_a_merge_is_a_skill_too(
+    base: Path, tmp_path: Path, layers: tuple[Any, Any], weights: str, given: bool, trained_on: bool
+) -> None:
+    """All that is not the base's, trained on or not, makes the merged checkpoint again; it is no part of a merge."""
+    skills = [skill(base, "a", 1, layers=layers[0]), skill(base, "b", 2, layers=layers[1], factor=3)]
+    out, one = tmp_path / "out", tmp_path / "skill"
+    assert run("merge", base, *skills, out, "--weights", weights).exit_code == 0
+    source = train(out) if trained_on else out
+    asked = ("extract", source, one, "--manifest", out)
+    if given:
+        result = run(*asked)
+        assert (result.exit_code, one.exists()) == (2, False)
+        assert "tensors of the base are not in it: the weights (1, 1) cancel its columns" in result.stderr
+        assert "its weights are not base's" in run(*asked, "--base", checkpoints.make(tmp_path / "no", seed=1)).stderr
+        assert run(*asked, "--base", out).exit_code == 0
+        shutil.rmtree(one)
+    assert run(*asked, *(("--base", base) if given else ())).exit_code == 0
+    assert "skills of `base`, merged by" in (one / "README.md").read_text()
+    assert run("apply", base, one, tmp_path / "again").exit_code == 0
+    assert alike(source, tmp_path / "again")
+    assert (tmp_path / "again/ckptgrow.json").read_bytes() == (out / "ckptgrow.json").read_bytes()
+    moved = train(out, one_ulp(GATE), name="moved") if not given else train(out, one_ulp(NORM), name="moved")
+    result = run("extract", moved, tmp_path / "no skill", "--manifest", out, "--base", base)
+    assert (result.exit_code, (tmp_path / "no skill").exists()) == (1, False)
+    for wrong in (one, out):
+        result = run("merge", base, wrong, skills[0], tmp_path / "more")
+        assert (result.exit_code, (tmp_path / "more").exists()) == (2, False)
+        assert "it is of a merge, which is made of skills" in result.stderr
 
 
 # ---------------------------------------------------------------- and back

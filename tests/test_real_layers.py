@@ -76,7 +76,7 @@ def test_two_skills_on_different_layers(real_gemma: Path, folder: Path) -> None:
         assert {block.new_width for block in merging.blocks} == {4096}
         print(weights, merging.rounding, *(answer.figure for answer in merging.answers), sep="\n  ")
         if weights:  # three quarters of a weight in bf16 do not tell which it was
-            with pytest.raises(ckptgrow.RequestError, match="the merge rounded .* multiples of the base's weights"):
+            with pytest.raises(ckptgrow.RequestError, match=r"the merge rounded .* multiples of the base's weights"):
                 ckptgrow.revert(folder / "merged", folder / "no")
         else:
             ckptgrow.revert(folder / "merged", folder / "back")

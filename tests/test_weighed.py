@@ -77,12 +77,13 @@ def test_one_unit_in_the_last_place_is_seen(tmp_path: Path, dtype: str, weights:
         (GATE, (2, 1), 2),
         (GATE, (32, 7), 32),
         (second, (1, 30), None),
+        (GATE.replace("layers.0", "layers.1"), (30, 1), 0),
     ):
         checkpoints.edit(out, moved(name, place))
         answer = asked(base, skills, given_weights, out)
         assert answer.verdict == "no", (name, place)
         assert answer.findings[0].tensor == name
-        told = f"unit {unit} is off by" if unit is not None else "the filling from unit 24 on is not zero"
+        told = f"unit {unit} is off by" if unit else "the filling from unit 24 on is no"
         assert told in answer.findings[0].problem
         for file, data in before.items():
             (out / file).write_bytes(data)

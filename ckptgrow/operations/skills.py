@@ -6,13 +6,15 @@ from pathlib import Path
 
 from ckptgrow.card import applied_card, licence, licence_in, skill_card
 from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, open_checkpoint
+from ckptgrow.errors import RequestError
 from ckptgrow.execute import write_shards
 from ckptgrow.hub import fetch
+from ckptgrow.ingredients import recalled
 from ckptgrow.layout import INDEX, lay
-from ckptgrow.lineage import find_manifest, recall
-from ckptgrow.manifest import load_manifest
+from ckptgrow.lineage import Past, find_manifest, stranger
+from ckptgrow.manifest import EXPAND, load_manifest, named_in
 from ckptgrow.progress import Meter, Progress, silent
-from ckptgrow.reference import Reference, open_reference
+from ckptgrow.reference import Reference, open_reference, regrown
 from ckptgrow.results import Application, Extraction
 from ckptgrow.reversal import named
 from ckptgrow.skills import (
@@ -56,10 +58,10 @@ def extract(
     check_apart(target, folder)
     found = open_trained(folder)
     path, notes = find_manifest(found, Path(manifest) if manifest is not None else None)
-    past = recall(load_manifest(path), str(path))
+    past = recalled(load_manifest(path), str(path))
     text = past.manifest.text().encode()
     mine, said = named(past, found)
-    reference, gone = from_itself(past, text, mine) if base is None else (_given(base, found, path, bars), ())
+    reference, gone = from_itself(past, text, mine) if base is None else (_given(base, found, past, path, bars), ())
     gone = gone or moved(reference, found, Meter(report, "comparing", sum(i.elements for i in found.infos.values())))
     layout = layout_of(past, text, mine)
     elements = sum(output.info.elements for output in layout.shards[0].outputs)
@@ -86,8 +88,20 @@ def extract(
     return told
 
 
-def _given(base: Source, trained: Trained, manifest: Path, bars: bool) -> Reference:
-    return open_reference(fetch(base, progress=bars).folder, trained, manifest)
+def _given(base: Source, trained: Trained, past: Past, manifest: Path, bars: bool) -> Reference:
+    """What training started from, by the base or the grown folder. Raises RequestError for a folder that is neither."""
+    folder = fetch(base, progress=bars).folder
+    if past.manifest.operation == EXPAND:
+        return open_reference(folder, trained, manifest)
+    opened = open_checkpoint(folder)
+    if named_in(opened.config) == past.manifest.digest:
+        return open_reference(folder, trained, manifest)
+    strange = stranger(opened, past.manifest.base)
+    if strange:
+        raise RequestError(
+            ": ".join(strange), file=str(folder), hint="Give the base of the merge, or the merged folder."
+        )
+    return regrown(past, opened, opened, past.manifest.text().encode())
 
 
 def apply(
