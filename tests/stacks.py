@@ -55,3 +55,9 @@ def come_back(folder: Path, model_type: str, change: Callable[[Tensors], None] |
     """A grown checkpoint, trained on disk and then written as its model holds it."""
     grown = trainings.grow(checkpoints.make(folder / "base", model_type), folder / "grown")
     return rewrite(trainings.trained(grown, change), lambda tensors: stacked(tensors, model_type))
+
+
+def where(grown: Path, model_type: str) -> dict[str, torch.Tensor]:
+    """1 where an element trains, by the name in the model."""
+    masks = {name: torch.zeros(tensor.shape) for name, tensor in checkpoints.load(grown).items()}
+    return stacked(masks | {name: mask.float() for name, mask in trainings.masks(grown).items()}, model_type)

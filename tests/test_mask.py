@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from typing import Any
 
 import checkpoints
 import pytest
+import stacks
 import torch
 from click.testing import CliRunner
 from hub_server import HubServer, Repository
@@ -30,11 +30,11 @@ import ckptgrow
 from ckptgrow.checkpoint import open_checkpoint
 from ckptgrow.cli import main
 from ckptgrow.cli.masking import FORMATS
-from ckptgrow.dialects import DIALECTS, Subject
+from ckptgrow.dialects import DIALECTS
 from ckptgrow.dialects.axolotl import PLUGIN
 from ckptgrow.dialects.llamafactory import LAUNCHER
 from ckptgrow.dialects.patterns import patterns, products
-from ckptgrow.dialects.subject import STACKED, quoted
+from ckptgrow.dialects.subject import quoted
 from ckptgrow.errors import FormatError, OutputError, RequestError
 from ckptgrow.families import FAMILIES
 from ckptgrow.hub import PROBE_BYTES
@@ -438,16 +438,37 @@ def test_layers_that_did_not_grow_stay_frozen(freeze: Freeze | None, tmp_path: P
     assert all(torch.equal(seen[name], expected[name]) for name in expected)
 
 
-def test_experts_come_with_a_warning(grow: Grow) -> None:
-    """Names that transformers 5 stacks in memory are not given without saying so."""
-    manifest = load_manifest(grow("llama"))
-    experts = [
-        replace(t, name=t.name.replace(".mlp.", f".mlp.experts.{i}.")) for t in manifest.trainable for i in (0, 1)
-    ]
-    for trainable, warned in ((tuple(experts), True), (manifest.trainable, False)):
-        names = tuple(tensor.name for tensor in trainable)
-        subject = Subject("grown", None, Path("grown"), replace(manifest, trainable=trainable), names)
-        assert [STACKED.split(";")[0] in DIALECTS[wording](subject) for wording in DIALECTS] == [warned] * len(DIALECTS)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("model_type", stacks.SPELLINGS)
+def test_experts_are_named_as_a_model_holds_them(model_type: str, policy: str, tmp_path: Path) -> None:
+    """In stacks, which no text may leave out; json has each expert's boxes in its stack beside those on disk."""
+    base = checkpoints.make(tmp_path / "base", model_type)
+    grown = Path(ckptgrow.expand(base, tmp_path / "grown", policy=policy).folder)
+    where = {name: mask for name, mask in stacks.where(grown, model_type).items() if mask.any()}
+    names = (ckptgrow.mask(grown, "names").text or "").splitlines()
+    assert {line for line in names if not line.startswith("#")} == where.keys()
+    assert any("as transformers 5 holds them" in line for line in names)
+    told = json.loads(ckptgrow.mask(grown, "json").text or "")
+    assert told["tensors"].keys() == {tensor.name for tensor in load_manifest(grown).trainable}
+    seen = {name: torch.zeros_like(mask) for name, mask in where.items()}
+    for name, tensor in told["tensors"].items():
+        for box in tensor.get("in_memory_boxes", tensor["boxes"]):
+            seen[tensor.get("in_memory", name)][tuple(slice(*span) for span in box)] += 1
+    assert all(torch.equal(mask, where[name]) for name, mask in seen.items())
+    assert "ckptgrow_how: mask" in (ckptgrow.mask(grown, "axolotl").text or "")
+    assert "ckptgrow_how: mask" in (ckptgrow.mask(grown, "llamafactory").text or "")
+
+
+def test_a_lora_of_experts(tmp_path: Path) -> None:
+    """Beside stacks the shared expert is adapted; where there is none, nothing can be."""
+    for model_type in ("qwen2_moe", "mixtral"):
+        checkpoints.make(tmp_path / model_type, model_type)
+        ckptgrow.expand(tmp_path / model_type, tmp_path / f"{model_type}-grown")
+    text = ckptgrow.mask(tmp_path / "qwen2_moe-grown", "peft").text or ""
+    assert "The 4 stacks of experts that may train stay as they are." in text
+    assert "shared_expert" in text
+    with pytest.raises(RequestError, match="what trains here are stacks of experts"):
+        ckptgrow.mask(tmp_path / "mixtral-grown", "peft")
 
 
 def test_of_a_hub_repository_no_weights_are_fetched(grow: Grow, tmp_path: Path) -> None:

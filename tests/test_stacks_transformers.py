@@ -25,6 +25,7 @@ from ckptgrow.families import FAMILIES
 from ckptgrow.manifest import load_manifest
 from ckptgrow.operations import audit
 from ckptgrow.training import FreezeError, freeze
+from ckptgrow.training.resolve import resolve
 from ckptgrow.training.transformers import FreezeCallback
 
 pytestmark = [pytest.mark.transformers, pytest.mark.usefixtures("quiet"), pytest.mark.filterwarnings("ignore")]
@@ -146,6 +147,21 @@ def test_the_trainer_with_a_mask(grown: Path, tmp_path: Path) -> None:
         seen = audit(grown, folder)
         assert (seen.exit_code, seen.findings) == (0, ())
         assert seen.total("changed") > 0.99 * seen.total("trainable")
+
+
+@pytest.mark.parametrize("grown", TRAINED, indirect=True)
+def test_the_mask_checkpoint_lies_where_the_boxes_do(grown: Path, tmp_path: Path) -> None:
+    """Loaded as a model it is stacked alike: 1 where `freeze` lets train, by the same names as `--format names`."""
+    ckptgrow.mask(grown, "safetensors", out=tmp_path / "mask")
+    ones = load(CASES[name_of(grown)], tmp_path / "mask").state_dict()
+    targets = {target.name: target for target in resolve(load(CASES[name_of(grown)], grown), load_manifest(grown))}
+    for name, tensor in ones.items():
+        expected = torch.zeros_like(tensor)
+        for box in targets[name].tensor.boxes if name in targets else ():
+            expected[tuple(slice(*span) for span in box)] = 1
+        assert torch.equal(tensor, expected), name
+    names = (ckptgrow.mask(grown, "names").text or "").splitlines()
+    assert {name for name in names if not name.startswith("#")} == targets.keys()
 
 
 SHARDED = """

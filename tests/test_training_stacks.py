@@ -9,7 +9,7 @@ import checkpoints
 import pytest
 import torch
 import trainings
-from stacks import SPELLINGS, rewrite, stacked
+from stacks import SPELLINGS, rewrite, stacked, where
 from test_mask import Named
 from torch import nn
 
@@ -27,12 +27,6 @@ def grow(folder: Path, model_type: str = "mixtral", policy: str = "g-freeze") ->
 def held(grown: Path, model_type: str = "mixtral") -> Named:
     """The model as transformers would hold it."""
     return Named(stacked(checkpoints.load(grown), model_type))
-
-
-def where(grown: Path, model_type: str) -> dict[str, torch.Tensor]:
-    """1 where an element trains, by the name in the model."""
-    masks = {name: torch.zeros(tensor.shape) for name, tensor in checkpoints.load(grown).items()}
-    return stacked(masks | {name: mask.float() for name, mask in trainings.masks(grown).items()}, model_type)
 
 
 def pull(model: nn.Module) -> None:

@@ -17,9 +17,17 @@ PLUGIN = "ckptgrow.training.axolotl.CkptgrowPlugin"
 _MECHANISM = """
 Ranges zero the gradient and nothing else: they hold only with weight decay 0, a fresh optimizer that is exact at zero
 gradient (not ASGD, not 8-bit on CPU), and without FSDP or ZeRO-3, where their hooks are lost or see an empty tensor.
-gradient_checkpointing_kwargs: {use_reentrant: true} is refused beside them. The plugin splits the tensors instead: no
+gradient_checkpointing_kwargs: {use_reentrant: true} is refused beside them. The plugin"""
+_SPLIT = """ splits the tensors instead: no
 decay and no optimizer sees the frozen part.
 """
+_MASK = """ puts the frozen
+elements back after each step instead.
+"""
+
+
+def _mechanism(subject: Subject) -> str:
+    return _MECHANISM + (_MASK if any(one.stacked for one in subject.trained) else _SPLIT)
 
 
 def as_axolotl(subject: Subject) -> str:
@@ -67,17 +75,18 @@ def _plugin_first(subject: Subject, columns: tuple[Trained, ...]) -> Iterator[st
     yield ""
     rows = tuple(one for one in subject.trained if is_rows(one))
     lost = sum(one.frozen for one in columns)
+    kinds = "columns and parts of stacks" if any(one.stacked for one in columns) else "columns"
     if not rows:
         yield from commented(
-            f"Without the plugin: nothing. All that trains are columns ({roles(columns)}), and Axolotl's ranges are"
+            f"Without the plugin: nothing. All that trains are {kinds} ({roles(columns)}), and Axolotl's ranges are"
             " rows.\nNaming the tensors whole would train their"
             f" {lost:,} frozen elements too."
         )
         return
     yield from commented(
-        f"NOT EXACT, without the plugin: these ranges hold {roles(rows)}.\nThey cannot say columns ({roles(columns)}):"
+        f"NOT EXACT, without the plugin: these ranges hold {roles(rows)}.\nThey cannot say {kinds} ({roles(columns)}):"
         f" left out as here, these stay frozen and learn nothing;\nnamed whole, their {lost:,} frozen elements train"
-        f" too, which `ckptgrow audit` reports.\n{_MECHANISM.strip()}\n\nunfrozen_parameters:\n"
+        f" too, which `ckptgrow audit` reports.\n{_mechanism(subject).strip()}\n\nunfrozen_parameters:\n"
         + "\n".join(f"  - {quoted(entry)}" for entry in entries(subject))
         + "\nweight_decay: 0.0"
     )
@@ -86,7 +95,7 @@ def _plugin_first(subject: Subject, columns: tuple[Trained, ...]) -> Iterator[st
 def _ranges_first(subject: Subject) -> Iterator[str]:
     partly = any(not one.whole for one in subject.trained)
     yield from commented(
-        f"Axolotl's own syntax says all of it: {roles(subject.trained)}." + (_MECHANISM if partly else "")
+        f"Axolotl's own syntax says all of it: {roles(subject.trained)}." + (_mechanism(subject) if partly else "")
     )
     yield "unfrozen_parameters:"
     yield from (f"  - {quoted(entry)}" for entry in entries(subject))
@@ -102,3 +111,5 @@ def _plugin(subject: Subject) -> Iterator[str]:
     yield "plugins:"
     yield f"  - {PLUGIN}"
     yield f"ckptgrow_manifest: {quoted(str(subject.folder))}"
+    if any(one.stacked for one in subject.trained):
+        yield "ckptgrow_how: mask"

@@ -42,6 +42,8 @@ def _lines(subject: Subject) -> Iterator[str]:
     if subject.revision:
         yield f"model_revision: {quoted(subject.revision)}"
         yield f"ckptgrow_manifest: {quoted(str(subject.folder))}  # for the launcher only: llamafactory-cli refuses it"
+    if any(one.stacked for one in subject.trained):
+        yield "ckptgrow_how: mask  # for the launcher only: llamafactory-cli refuses it"
     yield "stage: sft"
     yield "finetuning_type: freeze"
     yield f"freeze_trainable_modules: {','.join(modules)}"

@@ -18,7 +18,8 @@ def targets(subject: Subject) -> str:
     """`target_modules`: the regular expression that fully matches the Linear layers of which something trains."""
     matrices = [one for one in subject.trained if len(one.tensor.shape) == 2]
     if not matrices or not all(one.name.endswith(".weight") for one in matrices):
-        raise RequestError("a LoRA adapts the weights of Linear layers, and what trains here is none")
+        what = "are stacks of experts" if subject.held.stacks else "is none"
+        raise RequestError(f"a LoRA adapts the weights of Linear layers, and what trains here {what}")
     modules = {one.name.removesuffix(".weight") for one in matrices}
     others = {name.rpartition(".")[0] for name in subject.names} - modules
     found = patterns(sorted(modules), others)
@@ -27,13 +28,18 @@ def targets(subject: Subject) -> str:
 
 def _lines(subject: Subject) -> Iterator[str]:
     biases = [one for one in subject.trained if one.is_bias]
+    stacks = [one for one in subject.trained if one.stacked]
     yield from head(subject, "ckptgrow mask for PEFT: a LoRA confined to what trains.")
     yield from commented(
         "A LoRA has no such setting: LoraConfig alone adapts whole layers, and merging it moves the frozen part.\n"
         "`confine` keeps zero the rows of B (gate, up) and the columns of A (down) that reach frozen elements, and\n"
         "merges without touching one bit of them. Weight decay does no harm: zero decays to zero."
     )
-    yield from commented("What it cannot express: full-rank updates of the new units." + _lost(len(biases)))
+    yield from commented(
+        "What it cannot express: full-rank updates of the new units."
+        + _lost(len(biases), "biases")
+        + _lost(len(stacks), "stacks of experts")
+    )
     revision = f", revision={subject.revision!r}" if subject.revision else ""
     yield from SNIPPET.format(
         model=subject.model,
@@ -43,8 +49,8 @@ def _lines(subject: Subject) -> Iterator[str]:
     ).splitlines()
 
 
-def _lost(biases: int) -> str:
-    return f" The {biases} biases that may train stay as they are." if biases else ""
+def _lost(count: int, what: str) -> str:
+    return f" The {count} {what} that may train stay as they are." if count else ""
 
 
 SNIPPET = """\

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ckptgrow.dialects.subject import Subject, Trained, caveats, commented, head
+from ckptgrow.dialects.subject import Subject, Trained, commented, head
+from ckptgrow.stacks import Held
 
 NOTES = (
     "boxes: one half-open, zero-based [start, stop) pair per dimension, by the tensor's name on disk. Whatever is in no"
@@ -17,6 +18,10 @@ NOTES = (
     " ckptgrow.training.freeze, which needs neither.",
     "JSON cannot say how a mask is applied: fill gradients with zeros, do not multiply (0 x inf is NaN), and do it"
     " before gradients are clipped.",
+)
+IN_STACKS = (
+    "Experts have tensors of their own on disk and lie in stacks in transformers 5: in_memory is the stack there, and"
+    " in_memory_boxes are the boxes in it."
 )
 
 
@@ -33,17 +38,20 @@ def as_json(subject: Subject) -> str:
         "training": {"weight_decay_on_these_tensors": 0, "optimizer_state": "fresh"},
         "tied": dict(manifest.ties),
     }
-    notes = (*NOTES, *caveats(subject))
+    notes = (*NOTES, *((IN_STACKS,) if subject.held.stacks else ()))
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
     lines.append('  "notes": [\n' + ",\n".join(f"    {json.dumps(note)}" for note in notes) + "\n  ]")
-    tensors = (f"    {json.dumps(t.tensor.name)}: {json.dumps(_described(t))}" for t in subject.trained)
+    tensors = (f"    {json.dumps(t.tensor.name)}: {json.dumps(_described(t, subject.held))}" for t in subject.on_disk)
     lines.append('  "tensors": {\n' + ",\n".join(tensors) + "\n  }")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _described(trained: Trained) -> dict[str, Any]:
+def _described(trained: Trained, held: Held) -> dict[str, Any]:
     tensor = trained.tensor
-    named = {"in_memory": trained.name} if trained.name != tensor.name else {}
+    named: dict[str, Any] = {"in_memory": trained.name} if trained.name != tensor.name else {}
+    if tensor.name in held.places:
+        stack, boxes = held.places[tensor.name]
+        named = {"in_memory": stack, "in_memory_boxes": boxes}
     facts = {"role": tensor.role, "layer": tensor.layer, "shape": tensor.shape, "dtype": tensor.dtype}
     return named | facts | {"boxes": tensor.boxes}
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ckptgrow.manifest import Manifest, Trainable, along
+from ckptgrow.stacks import Held
 
 _SAFE_START = (*string.ascii_letters, "/", ".")
 Spans = tuple[tuple[int, int], ...]
@@ -33,6 +34,10 @@ class Trained:
         return len(self.tensor.shape) == 1
 
     @property
+    def stacked(self) -> bool:
+        return len(self.tensor.shape) > 2
+
+    @property
     def frozen(self) -> int:
         """How many of its elements are frozen."""
         size = self.tensor.shape[self.axis]
@@ -42,18 +47,30 @@ class Trained:
 
 @dataclass(frozen=True)
 class Subject:
-    """A grown checkpoint: as the user named it, its folder, its manifest, and the names of all tensors in memory."""
+    """A grown checkpoint: as the user named it, its folder, its manifest, and the names of all tensors in memory.
+
+    `held`: how a transformers model holds experts that have tensors of their own on disk.
+    """
 
     id: str
     revision: str | None
     folder: Path
     manifest: Manifest
     names: tuple[str, ...]
+    held: Held
 
     @cached_property
     def trained(self) -> tuple[Trained, ...]:
-        """In the order of the layers."""
-        found = (_trained(tensor, self.manifest) for tensor in self.manifest.trainable)
+        """As a model has them, in the order of the layers: experts in stacks."""
+        return self._told(self.held.trainable)
+
+    @property
+    def on_disk(self) -> tuple[Trained, ...]:
+        """The same as the manifest has them: each expert by itself."""
+        return self._told(self.manifest.trainable)
+
+    def _told(self, tensors: tuple[Trainable, ...]) -> tuple[Trained, ...]:
+        found = (_trained(tensor, self.manifest) for tensor in tensors)
         return tuple(sorted(found, key=lambda one: (one.tensor.layer, one.name)))
 
     @property
@@ -92,15 +109,14 @@ def _trained(tensor: Trainable, manifest: Manifest) -> Trained:
 
 
 STACKED = (
-    "Experts are one tensor each on disk; transformers 5 stacks those of a layer in memory under a name that is not"
-    " here. A mask of --format safetensors is stacked alike."
+    "Experts are named as transformers 5 holds them, in stacks [experts, units, hidden] or [experts, hidden, units]; on"
+    '\ndisk each has tensors of its own. A stack cannot be split: ckptgrow.training.freeze needs how="mask".'
 )
 
 
 def caveats(subject: Subject) -> tuple[str, ...]:
-    """What to say wherever names are given that a transformers model may not have."""
-    numbers = (sum(part.isdecimal() for part in one.name.split(".")) for one in subject.trained)
-    return (STACKED,) if max(numbers, default=0) > 1 and "experts" in subject.trained[0].name else ()
+    """What to say wherever names are given that the checkpoint on disk does not have."""
+    return (STACKED,) if subject.held.stacks else ()
 
 
 def head(subject: Subject, title: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ from ckptgrow.hub import Origin, preview
 from ckptgrow.manifest import Manifest, manifest_of
 from ckptgrow.progress import Meter, Progress, silent
 from ckptgrow.results import Mask
+from ckptgrow.stacks import held_by
 from ckptgrow.staging import check_apart, check_target, write_new
 from ckptgrow.stencil import write_stencil
 
@@ -57,6 +58,6 @@ def _check_asked(wording: str, to_disk: bool) -> None:
 
 
 def _subject(origin: Origin, grown: Checkpoint, manifest: Manifest) -> Subject:
-    family = family_of(grown.config)
-    names = tuple(in_memory_name(family, name) for name in grown.infos)
-    return Subject(origin.id, origin.revision, origin.folder, manifest, names)
+    family, held = family_of(grown.config), held_by(manifest, grown.infos)
+    names = dict.fromkeys(in_memory_name(family, name) for name in grown.infos if name not in held.apart)
+    return Subject(origin.id, origin.revision, origin.folder, manifest, (*names, *held.stacks), held)

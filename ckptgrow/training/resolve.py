@@ -19,8 +19,8 @@ from ckptgrow.errors import FormatError, FreezeError
 from ckptgrow.hub import preview
 from ckptgrow.manifest import CONFIG_KEY, Manifest, Trainable, load_manifest
 from ckptgrow.matching import WRAPPERS, plain
+from ckptgrow.stacks import held_in
 from ckptgrow.training.cut import Cut, cut_of
-from ckptgrow.training.stacks import held_in
 
 _LEADING = re.compile(r"^(?:base_model\.model\.)?(?:model\.(?=model\.))*")
 

@@ -1,4 +1,4 @@
-"""Parameters in which several tensors of a manifest lie, or a part of one: transformers holds experts in stacks.
+"""Parameters of a model in which several tensors of a manifest lie, or a part of one: transformers stacks experts.
 
 Which projection lies where is told by the family's sites (families/spelling.py), so the boxes of all experts of a layer
 come together as ranges along one axis of the stack. Refused: a stack of other experts than the manifest's.
@@ -7,16 +7,17 @@ come together as ranges along one axis of the stack. Refused: a stack of other e
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptgrow.errors import FormatError, FreezeError
-from ckptgrow.families import Slot, in_memory_name
+from ckptgrow.families import Architecture, Slot, in_memory_name
 from ckptgrow.families.spelling import Place, Twin, twins
 from ckptgrow.lineage import architecture_of
 from ckptgrow.manifest import Manifest, Trainable, along
 from ckptgrow.plan import joined
-from ckptgrow.policy import across
+from ckptgrow.policy import Box, across
+from ckptgrow.tensors import TensorInfo
 
 Shape = tuple[int, ...]
 Spans = tuple[tuple[int, int], ...]
@@ -66,6 +67,58 @@ def held_in(tensors: Sequence[Trainable], manifest: Manifest, find: Find) -> tup
     for cell in (cell for layouts in cells.values() for some in layouts.values() for cell in some):
         waiting[cell.tensor.name].discard(cell.twin.own)
     return held, {name for name, places in waiting.items() if not places}
+
+
+@dataclass(frozen=True)
+class Held:
+    """How transformers 5 is going to hold a grown checkpoint, told without a model.
+
+    `stacks`: the parameters in which experts lie that have tensors of their own on disk, those in `apart`; `places`: of
+    each of the latter that trains its stack, and its boxes there; `trainable`: all that trains, stacks in one piece.
+    """
+
+    stacks: tuple[str, ...]
+    apart: frozenset[str]
+    places: Mapping[str, tuple[str, tuple[Box, ...]]]
+    trainable: tuple[Trainable, ...]
+
+
+def held_by(manifest: Manifest, infos: Mapping[str, TensorInfo]) -> Held:
+    """What the family's sites say of the model that is made of these tensors; without experts, nothing changes."""
+    shapes, twin_of = _stacks(architecture_of(manifest), infos)
+    inside = [tensor for tensor in manifest.trainable if tensor.name in twin_of]
+    held, _ = held_in(inside, manifest, lambda name: (name, shapes[name]) if name in shapes else None)
+    places = {}
+    for tensor in inside:
+        twin = twin_of[tensor.name]
+        spans = _Cell(tensor, twin).spans(shapes[twin.other.name])
+        assert twin.other.slot is not None
+        assert twin.other.expert is not None
+        boxes = across(shapes[twin.other.name], twin.other.slot.axis, spans)
+        one = (twin.other.expert, twin.other.expert + 1)
+        places[tensor.name] = twin.other.name, tuple((one, *box[1:]) for box in boxes)
+    apart = [tensor for tensor in manifest.trainable if tensor.name not in twin_of]
+    return Held(tuple(shapes), frozenset(twin_of), places, (*apart, *held.values()))
+
+
+def _stacks(architecture: Architecture, infos: Mapping[str, TensorInfo]) -> tuple[dict[str, Shape], dict[str, Twin]]:
+    """The stacks of tensors that lie apart on disk, by their names in memory, and where each of these lies."""
+    layouts: dict[tuple[str, Slot], dict[Place, Twin]] = defaultdict(dict)
+    for twin in twins(architecture):
+        own, other = twin.own.slot, twin.other.slot
+        if own and other and other.stacked and not own.stacked and len(own.lanes) == 1 and not twin.turned:
+            name = in_memory_name(architecture.family, twin.other.name)
+            layouts[name, other][twin.own] = twin.moved(name)
+    twin_of: dict[str, Twin] = {}
+    shapes: dict[str, Shape] = {}
+    for (name, slot), places in layouts.items():
+        experts = len({twin.other.expert for twin in places.values()})
+        if len(places) == experts * len(slot.lanes):  # of several spellings the last one is that in memory
+            twin_of |= {place.name: twin for place, twin in places.items()}
+            first = next(iter(places.values()))
+            shapes[name] = first.holder(infos[first.own.name].shape, experts)
+    used = {twin.other.name for twin in twin_of.values()}
+    return {name: shape for name, shape in shapes.items() if name in used}, twin_of
 
 
 def _joined(name: str, shape: Shape, layouts: Sequence[Sequence[_Cell]]) -> Trainable:
