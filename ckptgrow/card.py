@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ckptgrow.layers import named
@@ -135,11 +135,12 @@ def _train(manifest: Manifest) -> Iterator[str]:
 
 
 def folded_card(
-    name: str, layers: int, widths: tuple[int, int], sums: str, error: float | None, licence_lines: tuple[str, ...]
+    name: str, steps: Iterable[tuple[int, int]], sums: str, error: float | None, licence_lines: tuple[str, ...]
 ) -> str:
     """The whole text of a folded checkpoint's card.
 
-    `widths`: before and after; `sums`: what was rounded; `error`: the largest of an MLP, where the fold is not exact.
+    `steps`: the width of each MLP before and after; `sums`: what was rounded; `error`: the largest of an MLP, where the
+    fold is not exact.
     """
     lossy = ["- lossy"] if error is not None else []
     front = ["---", "library_name: transformers", *licence_lines, "tags:", "- ckptgrow", "- folded", *lossy, "---"]
@@ -149,8 +150,10 @@ def folded_card(
         else f"this fold is lossy. It is not the same function: the MLPs are off by a relative {error:.2g} at most, on"
         " normalised random inputs."
     )
+    widths = [(f"from {old:,} to {new:,}", old > new) for old, new in steps]
+    unlike = " and ".join(dict.fromkeys(step for step, narrower in widths if narrower))
     told = (
-        f"This is `{name}` with the MLPs of its {layers} layers folded from {widths[0]:,} to {widths[1]:,} units by"
+        f"This is `{name}` with {sum(narrower for _, narrower in widths)} MLPs folded {unlike} units by"
         f" [ckptgrow](https://pypi.org/project/ckptgrow/): {what} {sums}"
     )
     return "\n".join([*front, "", f"# {name}, folded", "", told, ""])

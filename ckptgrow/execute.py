@@ -171,7 +171,7 @@ def contiguous(output: Output, sources: Sources) -> Iterator[tuple[Path, int, in
     outer, inner = output.steps
     terms = [part.bytes_of for part in output.parts]
     ranges = [(term, term.units) for term in terms if term is not None and isinstance(term.units, range)]
-    if len(ranges) != len(terms) or (outer > 1 and len(terms) > 1):
+    if len(ranges) != len(terms) or (outer > 1 and len(terms) > 1) or any(part.slices for part in output.parts):
         return
     found = []
     for term, units in ranges:
@@ -207,9 +207,11 @@ def _filled(output: Output, block: Block, sources: Sources) -> tuple[Bits, int]:
     inexact = 0
     for start, part in output.placed():
         low, high = max(start, block.start), min(start + part.size, block.stop)
-        if low < high:
+        rows = part.rows(block.rows)
+        if low < high and rows:
+            top = slice(rows.start - block.rows.start, rows.stop - block.rows.start)
             place = slice(low - block.start, high - block.start)
-            data[:, place], odd = _summed(output, part, block.rows, slice(low - start, high - start), sources)
+            data[top, place], odd = _summed(output, part, rows, slice(low - start, high - start), sources)
             inexact += odd
     return data, inexact
 

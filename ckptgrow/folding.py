@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from ckptgrow.checkpoint import MANIFEST, Checkpoint
 from ckptgrow.config import edited, set_value, without
+from ckptgrow.configs import width_keys
 from ckptgrow.errors import CkptgrowError
 from ckptgrow.families import Architecture, Mlp, Slot, scoped
 from ckptgrow.manifest import CONFIG_KEY, Manifest, load_manifest, previous
@@ -27,7 +28,7 @@ from ckptgrow.units import Units as Indices
 
 TRAINED = "trained"
 Recipe = tuple[tuple[int, float], ...]  # (unit, factor): what is added up
-Recipes = Mapping[str, list[Recipe]]  # for gate, up and down: the recipe of each unit of the result
+Recipes = Mapping[str, list[Recipe]]  # for gate, up and down: the recipe of each unit (block of units) of the result
 WHOLE = 1.0
 FLOAT32 = "F32"
 
@@ -37,20 +38,24 @@ FLOAT32 = "F32"
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What config.json and ckptgrow.json say of the growth; either may be missing, stale or wrong."""
+    """What config.json and ckptgrow.json say of the growth; either may be missing, stale or wrong.
 
-    base_width: int | None
+    `said` has the base's values of config keys, `widths` the base's widths by block; only of keys that have grown.
+    """
+
+    said: Mapping[str, Any]
+    widths: Mapping[str, int]
     manifest: Manifest | None
 
     def partners(self, mlp: Mlp) -> Indices:
         """For each unit the base unit that it is said to copy, -1 where nothing is said: of the base's own."""
-        partners = np.full(mlp.width, -1)
-        if self.base_width is None:
+        partners, base = np.full(mlp.width, -1), self.widths.get(mlp.block)
+        if base is None:
             return partners
-        partners[self.base_width :] = np.arange(self.base_width, mlp.width) % self.base_width
+        partners[base:] = np.arange(base, mlp.width) % base
         for block in self.manifest.blocks if self.manifest else ():
-            if (block.block, block.old_width, block.new_width) == (mlp.block, self.base_width, mlp.width):
-                _note(partners, block.copies, self.base_width)
+            if (block.block, block.old_width, block.new_width) == (mlp.block, base, mlp.width):
+                _note(partners, block.copies, base)
         return partners
 
 
@@ -62,32 +67,55 @@ def _note(partners: Indices, copies: Iterable[Mapping[str, tuple[int, int]]], ba
 
 
 def hints_of(trained: Checkpoint, architecture: Architecture) -> Hints:
-    """The base's width by config.json, and the manifest where one lies in the folder and can be read."""
+    """The base's widths by config.json, and the manifest where one lies in the folder and can be read."""
     entry: Any = trained.config.get(CONFIG_KEY)
-    widths = entry.get("base_width") if isinstance(entry, Mapping) else None
-    told = widths.get(architecture.width_path) if isinstance(widths, Mapping) else None
+    told = entry.get("base_width") if isinstance(entry, Mapping) else None
+    values: Mapping[str, Any] = told if isinstance(told, Mapping) else {}
     try:
         manifest = load_manifest(trained.folder) if (trained.folder / MANIFEST).is_file() else None
     except CkptgrowError:
         manifest = None
-    if told is None and manifest and manifest.blocks:
-        told = manifest.blocks[0].old_width
-    fits = type(told) is int and 0 < told < architecture.width
-    return Hints(told if fits else None, manifest)
+    before = {block.block: block.old_width for block in manifest.blocks} if manifest else {}
+    said: dict[str, Any] = {}
+    found: dict[str, int] = {}
+    for group in architecture.groups:
+        value = values.get(group.path)
+        widths = {mlp.block: group.told({group.path: value}, mlp) for mlp in group.mlps}
+        if value is None:
+            widths = {mlp.block: before.get(mlp.block, mlp.width) for mlp in group.mlps}
+        whole = {block: int(width) for block, width in widths.items() if width is not None and width == int(width)}
+        fits = [0 < whole.get(mlp.block, 0) <= mlp.width for mlp in group.mlps]
+        if all(fits) and any(whole[mlp.block] < mlp.width for mlp in group.mlps):
+            found |= whole
+            said |= {group.path: value} if value is not None else {}
+    return Hints(said, found, manifest)
 
 
 # ---------------------------------------------------------------- the Plan
 
 
-def fold(infos: Mapping[str, TensorInfo], architecture: Architecture, made: Mapping[str, Recipes], width: int) -> Plan:
-    """The Plan in which each MLP has `width` units made by its recipes (METHOD.md 5)."""
+def fold(
+    infos: Mapping[str, TensorInfo],
+    architecture: Architecture,
+    made: Mapping[str, Sequence[Recipes]],
+    widths: Mapping[str, int],
+    hints: Hints,
+) -> Plan:
+    """The Plan in which each MLP has the width of its block, and each of its experts units made by its recipes
+    (METHOD.md 5). A key that gets the base's widths again says what it said in the base."""
     folded = {
         name: _folded(infos[name], mlp, slot, made[mlp.block])
         for mlp in architecture.mlps
         for name, slot in mlp.tensors.items()
     }
     outputs = tuple(folded.get(name) or unchanged(info, TRAINED) for name, info in infos.items())
-    return Plan(outputs, (Edit(architecture.width_path, width),))
+    edits: dict[str, Any] = {}
+    for group in architecture.groups:
+        if any(widths[mlp.block] != mlp.width for mlp in group.mlps):
+            edits |= group.edits(widths)
+            if all(widths[mlp.block] == hints.widths.get(mlp.block) for mlp in group.mlps):
+                edits |= {group.path: hints.said.get(group.path, edits[group.path])}
+    return Plan(outputs, tuple(Edit(path, value) for path, value in edits.items()))
 
 
 def widened(plan: Plan, names: Iterable[str], trained: Checkpoint, architecture: Architecture) -> Plan:
@@ -105,19 +133,22 @@ def widened(plan: Plan, names: Iterable[str], trained: Checkpoint, architecture:
     return Plan(outputs, (*plan.config, *edits))
 
 
-def texts(text: str, plan: Plan, manifest: Manifest | None) -> tuple[str, str | None]:
+def texts(
+    text: str, plan: Plan, manifest: Manifest | None, architecture: Architecture | None = None
+) -> tuple[str, str | None]:
     """(config.json, ckptgrow.json) of the result: without the growth that `manifest` tells of, with the one before it.
 
     Where the base's own config says the same, it is that text.
     """
     text = edited(without(text, CONFIG_KEY), plan.config)
-    if manifest is None:
+    if manifest is None or architecture is None:
         return text, None
     try:
         was = json.loads(manifest.base.config)
         entry = was.pop(CONFIG_KEY, None)
-        bare = set_value(without(manifest.base.config, CONFIG_KEY), plan.config[0].path, plan.config[0].value)
-    except (ValueError, AttributeError):
+        widths = (edit for edit in plan.config if edit.path in width_keys(architecture))
+        bare = edited(without(manifest.base.config, CONFIG_KEY), widths)
+    except (CkptgrowError, ValueError, AttributeError):
         return text, None
     if json.loads(bare) == json.loads(text):
         text = manifest.base.config
@@ -139,23 +170,42 @@ def recipes(merges: Merges) -> Recipes:
     return {"down": down, "up": up, "gate": [((unit, WHOLE),) for unit in stay]}
 
 
-def _folded(info: TensorInfo, mlp: Mlp, slot: Slot, made: Recipes) -> Output:
-    """One tensor of an MLP, narrowed."""
-    parts = tuple(part for i, lane in enumerate(slot.lanes) for part in _parts(info.name, made[lane], i * mlp.width))
-    size = sum(part.size for part in parts)
+def _folded(info: TensorInfo, mlp: Mlp, slot: Slot, made: Sequence[Recipes]) -> Output:
+    """One tensor of an MLP, narrowed: of a stack each expert's slices, of a flat one its lane, by its own recipes."""
+    apart = slot.stacked and any(recipes != made[0] for recipes in made)
+    each, parts = info.around(slot.axis)[0] // len(made), list[Part]()
+    for expert, recipes in enumerate(made if apart or slot.flat else made[:1]):
+        lanes = (expert,) if slot.flat else range(len(slot.lanes))
+        own = [part for lane in lanes for part in _parts(info.name, _placed(mlp, slot, lane, recipes))]
+        slices = range(expert * each, (expert + 1) * each) if apart else None
+        parts += [replace(part, slices=slices) for part in own]
+    size = sum(part.size for part in parts) // (len(made) if apart else 1)
     shape = tuple(size if axis == slot.axis else extent for axis, extent in enumerate(info.shape))
-    return Output(info.name, info.dtype, shape, slot.axis, parts, mlp.member(info.name))
+    return Output(info.name, info.dtype, shape, slot.axis, tuple(parts), mlp.member(info.name))
 
 
-def _parts(name: str, made: list[Recipe], offset: int) -> Iterator[Part]:
+def _placed(mlp: Mlp, slot: Slot, lane: int, recipes: Recipes) -> list[Recipe]:
+    """The recipe of every place of a lane: a unit may have several, of one projection or of several in turn."""
+    each = int(slot.places * mlp.grain)
+    first = lane * (mlp.width // mlp.grain) * each
+    woven = slot.lanes[lane].split("_") if slot.span > 1 else [slot.lanes[lane]]
+    roles = ["gate" if slot.coded or role == "norm" else role for role in woven]
+    return [
+        tuple((first + unit * each + place, factor) for unit, factor in recipes[roles[place % len(roles)]][i])
+        for i in range(len(recipes["gate"]))
+        for place in range(each)
+    ]
+
+
+def _parts(name: str, made: list[Recipe]) -> Iterator[Part]:
     """Neighbours that are sums of equally many are one part."""
     for _, run in groupby(made, key=len):
-        yield _part(name, list(run), offset)
+        yield _part(name, list(run))
 
 
-def _part(name: str, run: list[Recipe], offset: int) -> Part:
+def _part(name: str, run: list[Recipe]) -> Part:
     terms = (
-        Term(TRAINED, name, _picked([offset + unit for unit, _ in turn]), _scale([factor for _, factor in turn]))
+        Term(TRAINED, name, _picked([place for place, _ in turn]), _scale([factor for _, factor in turn]))
         for turn in zip(*run, strict=True)
     )
     return Part(len(run), tuple(terms))

@@ -41,24 +41,27 @@ def measured(
     written: Checkpoint, trained: Checkpoint, one: Architecture, other: Architecture, progress: Progress
 ) -> tuple[Off, ...]:
     """The relative error of each MLP's output on held-out normalised random inputs, in float32."""
-    activation = _activation(trained, other)
     found = []
     for narrow, wide in zip(one.mlps, other.mlps, strict=True):
-        inputs = _inputs(wide, HELD_OUT)
-        got = forward(written, narrow, activation, inputs, progress)
-        wanted = forward(trained, wide, activation, inputs, progress)
-        found.append(Off(wide.block, wide.layer, float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))))
+        inputs, activation = _inputs(wide, HELD_OUT), _activation(trained, wide)
+        for expert in wide.numbers if wide.down else ():
+            got = forward(written, narrow, activation, inputs, progress, expert)
+            wanted = forward(trained, wide, activation, inputs, progress, expert)
+            error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
+            found.append(Off(wide.named(expert), wide.layer, error))
     return tuple(found)
 
 
 def blended(
-    checkpoint: Checkpoint, architecture: Architecture, mlp: Mlp, width: int, partners: Units, progress: Progress
+    checkpoint: Checkpoint, mlp: Mlp, expert: int | None, width: int, partners: Units, progress: Progress
 ) -> Recipes:
-    """The recipes of the `width` units that come nearest to all units of one MLP."""
-    lanes = lanes_in(checkpoint, mlp)
+    """The recipes of the `width` units that come nearest to all units of one MLP or expert."""
+    lanes = lanes_in(checkpoint, mlp, expert)
     for lane in lanes:
         if not lane.largest()[1].all():
-            raise RequestError("it has weights that are infinite or NaN: nothing can be fitted", tensor=mlp.block)
+            raise RequestError(
+                "it has weights that are infinite or NaN: nothing can be fitted", tensor=mlp.named(expert)
+            )
     gates = [lane for lane in lanes if lane.role == "gate"]
     heads = _heads(gates or [lane for lane in lanes if lane.role == "up"], mlp.width, width, partners)
     groups = _groups(heads, width)
@@ -66,9 +69,9 @@ def blended(
     weight = np.sqrt(np.einsum("gkk->gk", up) * np.einsum("gkk->gk", down))
     mean = _normalised(weight, groups)
     row, column = _first_pair(up, down, groups) if gates else (mean, mean)
-    said = answers(checkpoint, mlp, _inputs(mlp, FITTED), progress)
+    said = answers(checkpoint, mlp, _inputs(mlp, FITTED), progress, expert)
     same = _one_gate(gates, groups) if gates else np.zeros(width, bool)
-    fitted = _least_squares(_activation(checkpoint, architecture), said, groups, mean, row)
+    fitted = _least_squares(_activation(checkpoint, mlp), said, groups, mean, row)
     column = np.where(same[:, None], column, fitted)
     alone = (groups >= 0).sum(axis=1) == 1
     factors = {"gate": mean, "up": row, "down": column}
@@ -180,10 +183,10 @@ def _blend(values: Tensor, groups: Units, factors: Floats) -> Tensor:
     return blend
 
 
-def _activation(checkpoint: Checkpoint, architecture: Architecture) -> Any:
-    name = activation_name(checkpoint.config, architecture.mlps[0])
+def _activation(checkpoint: Checkpoint, mlp: Mlp) -> Any:
+    name = activation_name(checkpoint.config, mlp)
     if name not in ACTIVATIONS:
-        raise RequestError(f"the activation {name!r} is not known here, so no error can be measured")
+        raise RequestError(f"the activation {name!r} is not known here, so no error can be measured", tensor=mlp.block)
     return ACTIVATIONS[name]
 
 

@@ -2,7 +2,8 @@
 
     Plan    = Outputs + changes to config.json
     Output  = Parts laid end to end along one axis
-    Part    = a sum of Terms, or one value throughout where there are none; `grown` where it holds new units
+    Part    = a sum of Terms, or one value throughout where there are none; `grown` where it holds new units; of all
+              slices before the axis, or where experts of one stack differ of its own `slices`
     Term    = scale x share of some units, picked along the same axis, of a tensor of a source
     Share   = the index-th of `count` shares that add up to the weight exactly (METHOD.md 2)
 
@@ -67,12 +68,22 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`size` consecutive places along the axis: the sum of `terms`, or where there are none the value `fill`."""
+    """`size` consecutive places along the axis: the sum of `terms`, or where there are none the value `fill`.
+
+    With `slices` only in these slices before the axis; the parts of each run of slices fill the axis by themselves.
+    """
 
     size: int
     terms: tuple[Term, ...] = ()
     grown: bool = False
     fill: float = 0.0
+    slices: range | None = None
+
+    def rows(self, of: range) -> range:
+        """Those of the slices `of` that the part is in."""
+        if self.slices is None:
+            return of
+        return range(max(of.start, self.slices.start), min(of.stop, self.slices.stop))
 
     @property
     def bytes_of(self) -> Term | None:
@@ -133,10 +144,11 @@ class Output:
 
     def placed(self) -> Iterator[tuple[int, Part]]:
         """Each part with the place where it begins."""
-        start = 0
+        start, slices = 0, None
         for part in self.parts:
+            start = start if part.slices == slices else 0
             yield start, part
-            start += part.size
+            start, slices = start + part.size, part.slices
 
     def grown(self) -> tuple[tuple[int, int], ...]:
         """The [start, stop) ranges of new places, neighbours joined."""
@@ -156,7 +168,7 @@ class Output:
         """Whether this output is that tensor of `source` unchanged: same name, dtype, shape and bytes."""
         if (self.name, self.dtype, self.shape) != (info.name, info.dtype, info.shape) or len(self.parts) != 1:
             return False
-        return self.parts[0].bytes_of == Term(source, info.name, range(self.extent))
+        return self.parts[0] == Part(self.extent, (Term(source, info.name, range(self.extent)),), self.parts[0].grown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +230,7 @@ def unchanged(info: TensorInfo, source: str = "base") -> Output:
 def _check_output(output: Output, sources: Sources) -> None:
     if output.shape and not 0 <= output.axis < len(output.shape):
         raise PlanError(f"axis {output.axis} of shape {list(output.shape)}")
-    if sum(part.size for part in output.parts) != output.extent:
-        raise PlanError(f"the parts do not fill the axis of {output.extent}")
+    _check_filled(output)
     for part in output.parts:
         if part.size < 0:
             raise PlanError(f"a part of size {part.size}")
@@ -227,6 +238,19 @@ def _check_output(output: Output, sources: Sources) -> None:
             raise PlanError("a part is a sum of terms or a value throughout, not both")
         for term in part.terms:
             _check_term(output, part, term, sources)
+
+
+def _check_filled(output: Output) -> None:
+    """The parts of each run of slices fill the axis, and the runs follow one another through all slices."""
+    filled: dict[range | None, int] = {} if output.parts else {None: 0}
+    for part in output.parts:
+        filled[part.slices] = filled.get(part.slices, 0) + part.size
+    if any(size != output.extent for size in filled.values()):
+        raise PlanError(f"the parts do not fill the axis of {output.extent}")
+    if filled.keys() != {None}:
+        runs = [(run.start, run.stop) if run is not None else (0, 0) for run in filled]
+        if joined(runs) != ((0, output.steps[0]),) or len(runs) != len(set(runs) - {(0, 0)}):
+            raise PlanError(f"the parts do not fill the {output.steps[0]} slices before the axis")
 
 
 def _check_term(output: Output, part: Part, term: Term, sources: Sources) -> None:
@@ -263,6 +287,7 @@ def _output_json(output: Output) -> dict[str, Any]:
 
 def _part_json(part: Part) -> dict[str, Any]:
     described = {"size": part.size, "grown": part.grown, "terms": [_term_json(term) for term in part.terms]}
+    described |= {"slices": [part.slices.start, part.slices.stop]} if part.slices is not None else {}
     return described | ({"fill": part.fill} if part.fill else {})
 
 

@@ -75,6 +75,8 @@ def _prove_mlp(
     for name in mlp.tensors:
         if outputs[name].member != mlp.member(name) or outputs[name].dtype != base[name].dtype:
             raise PlanError("it does not stay what it is in its MLP", tensor=name)
+        if any(part.slices is not None for part in outputs[name].parts):
+            raise PlanError("experts of one stack would copy different units", tensor=name)
     agreed = {picks(outputs[name], base): name for name in mlp.tensors if name != mlp.down}
     if len(agreed) != 1:
         raise PlanError(f"these copy different units: {', '.join(agreed.values())}")

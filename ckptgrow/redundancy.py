@@ -12,6 +12,12 @@ Cases 2 and 3 are tried in both orders, and the one that leaves fewer units is t
 exact and short enough for float64 to hold each product, so all that rounds is the one sum that is written. Without a
 gate the activation stands between up and down: then only case 1 and a zero column remain. Units with an infinite or
 NaN weight always stay.
+
+An expert is an MLP of its own, whatever tensors it shares. Where scales stand for blocks of units a block is taken as
+one unit, and only case 1 and a zero column remain; the payload of down counts as a row, its scales are what is added.
+Where statistics are taken over the units these stay what they are only if equal ones go in proportion: of every gate,
+or under a norm of every row (its weight included), the same share is left, and nothing under a norm is dropped as dead
+or added as parallel.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from numpy.typing import NDArray
 from ckptgrow.checkpoint import Bits, Checkpoint
 from ckptgrow.families import Mlp
 from ckptgrow.numeric import FLOATS, Floats, decode, encode
-from ckptgrow.units import Units, alike, lanes_of, largest_magnitudes, stretches
+from ckptgrow.units import Units, alike, largest_magnitudes, projections, stretches
 
 Mask = NDArray[np.bool_]
 DEAD = -1
@@ -73,35 +79,63 @@ class Merges:
 
 @dataclass(frozen=True, slots=True)
 class Redundancy:
-    """What was found in one MLP: merges of equal and dead units alone, and with parallel ones too.
+    """What was found in one MLP or expert: merges of equal and dead units alone, and with parallel ones too.
 
-    `rows` and `gates` name for each unit the first with the same rows, and with the same gate.
+    `rows` and `gates` name for each unit the first with the same rows, and with the same gate. All of it counts in
+    blocks of `grain` units.
     """
 
     mlp: Mlp
+    expert: int | None
     equal: Merges
     full: Merges
     rows: Units
     gates: Units
     finite: Mask
     weightless: Mask  # the column of down is zero
+    partners: Units  # for each block the one that it is said to copy, -1 where nobody knows
     gated: bool
+    classes: Units | None = None  # of which equally many must stay in proportion, where statistics are taken
     apart: float = 0.0  # how far rows that count as equal are from each other
+
+    @property
+    def grain(self) -> int:
+        return self.mlp.grain
 
     @property
     def needed(self) -> int:
         """The smallest exact width; an MLP keeps one unit even where all are dead."""
-        return max(1, len(self.full.stay))
+        units, least, step = len(self.rows), max(1, len(self.full.stay)), 1
+        if self.classes is not None:  # each class can be cut in as many parts as all of them have in common
+            step = units // int(np.gcd.reduce(np.bincount(self.classes)))
+        widths = range(-(-least // step) * step, units + 1, step)
+        return next(count for count in widths if self._holds(self.full, count)) * self.grain
 
-    def at(self, width: int, partners: Units) -> Merges:
+    def takes(self, width: int) -> bool:
+        """Whether it can have that width, which is at most its own, and be the same function."""
+        return width % self.grain == 0 and self._holds(self.full, width // self.grain)
+
+    def _holds(self, merges: Merges, count: int) -> bool:
+        """Whether these merges can leave so many units, and of each class its part of them."""
+        stay = merges.stay
+        if self.classes is None:
+            return max(1, len(stay)) <= count
+        left = self._left(self.classes, count)
+        return left is not None and bool((np.bincount(self.classes[stay], minlength=len(left)) <= left).all())
+
+    def _left(self, classes: Units, count: int) -> Units | None:
+        """How many units of each class stay of `count`; None where that is no whole number of each."""
+        wanted, units = np.bincount(classes, minlength=len(classes)) * count, len(classes)
+        return wanted // units if not (wanted % units).any() else None
+
+    def at(self, width: int) -> Merges:
         """The merges that leave `width` units, of equal ones alone where they suffice: the last units go first.
 
-        A unit that equals the one it is thought to copy (`partners`, -1 where nobody knows) is added to that one, even
-        where it is dead: what stays is then the base's.
+        A unit that equals its partner is added to that one, even where it is dead: what stays is then the base's.
         """
-        whole = self.equal if len(self.equal.stay) <= width else self.full
-        kept, going = np.arange(self.mlp.width), whole.go
-        going = going[len(going) - (self.mlp.width - width) :]
+        count, partners = width // self.grain, self.partners
+        whole = self.equal if self._holds(self.equal, count) else self.full
+        kept, going = np.arange(len(self.rows)), self._going(whole, count)
         into = kept.copy()
         into[going] = whole.into[going]
         partner = np.where((partners >= 0) & (self.apart == 0), partners, self.rows)
@@ -109,8 +143,23 @@ class Redundancy:
         same &= (whole.scale == 1.0) & ~whole.through_up & self.finite[partner]
         return replace(whole, into=np.where(same, partner, into))
 
+    def _going(self, merges: Merges, count: int) -> Units:
+        """The units that go so that `count` stay: the last ones, of each class where there are any."""
+        going = merges.go
+        if self.classes is None:
+            return going[len(going) - (len(self.rows) - count) :]
+        left = self._left(self.classes, count)
+        assert left is not None
+        many = np.bincount(self.classes, minlength=len(left)) - left
+        of = self.classes[going]
+        order = np.argsort(of, kind="stable")
+        behind = np.searchsorted(of[order], of[order], side="right") - np.arange(len(order))  # 1 for the last
+        return np.sort(going[order[behind <= many[of[order]]]])
+
     def columns_only(self, merges: Merges) -> bool:
         """Whether nothing but columns of down is added, and nothing dropped but units whose column is zero."""
+        if not self.mlp.down:  # a spare expert: then every unit must be one that stays
+            return bool(np.isin(self.rows, self.rows[merges.stay]).all())
         dropped, added = merges.into == DEAD, merges.go[merges.into[merges.go] != DEAD]
         plain = (merges.scale[added] == 1.0) & ~merges.through_up[added]
         plain &= self.rows[added] == self.rows[merges.into[added]]
@@ -120,53 +169,77 @@ class Redundancy:
         """Whether units with the same rows stay beside each other, as they may where a width is to be filled."""
         return len(np.unique(self.rows[merges.stay])) < len(merges.stay)
 
-    def tied_up(self, partners: Units) -> Iterator[tuple[str, Units]]:
+    def tied_up(self) -> Iterator[tuple[str, Units]]:
         """Why units that have a partner stay beside it: (reason, units) for each reason there is."""
         stay = self.full.stay
-        stay = stay[partners[stay] >= 0]
-        theirs = partners[stay]
+        stay = stay[self.partners[stay] >= 0]
+        theirs = self.partners[stay]
         broken, apart = ~self.finite[stay], self.gates[stay] != self.gates[theirs]
-        what = "gate" if self.gated else "up"
+        what = "gate" if self.gated else "rows of a block of" if self.grain > 1 else "up"
         for reason, hit in (
             ("weights are infinite or NaN", broken),
             (f"{what} rows differ", ~broken & apart),
             ("gate rows are equal, but neither their up rows nor their down columns are parallel", ~broken & ~apart),
         ):
             if hit.any():
-                yield reason, stay[hit]
+                yield reason, (stay[hit][:, None] * self.grain + np.arange(self.grain)).reshape(-1)
+        if self.needed > max(1, len(self.full.stay)) * self.grain:
+            yield "statistics are taken over the units, and these would not go in proportion", np.arange(0)
 
 
-def lanes_in(checkpoint: Checkpoint, mlp: Mlp) -> list[Lane]:
-    """Every lane of every tensor of an MLP."""
-    return [
-        Lane(role, bits, checkpoint.infos[name].dtype)
-        for name, slot in mlp.tensors.items()
-        for role, bits in lanes_of(checkpoint, name, slot)
-    ]
+def _blocks_of(partners: Units, grain: int) -> Units:
+    """For each block of units the block of their partners, -1 where they have none together."""
+    firsts = partners.reshape(-1, grain)
+    whole = (firsts == firsts[:, :1] + np.arange(grain)).all(axis=1) & (firsts[:, 0] % grain == 0)
+    blocks: Units = np.where(whole & (firsts[:, 0] >= 0), firsts[:, 0] // grain, -1)
+    return blocks
 
 
-def find(checkpoint: Checkpoint, mlp: Mlp, partners: Units, atol: float, progress: Callable[[int], None]) -> Redundancy:
-    """The redundant units of one MLP, streamed. Rows within `atol` of each other count as equal (case 1 alone)."""
-    every = lanes_in(checkpoint, mlp)
-    down = next(lane for lane in every if lane.role == "down")
-    linear = [lane for lane in every if lane.role == "up"] if any(lane.role == "gate" for lane in every) else []
+def lanes_in(checkpoint: Checkpoint, mlp: Mlp, expert: int | None) -> list[Lane]:
+    """Every lane of every tensor of an MLP, or of one of its experts."""
+    return [Lane(role, bits, checkpoint.infos[name].dtype) for name, role, bits in projections(checkpoint, mlp, expert)]
+
+
+def find(
+    checkpoint: Checkpoint,
+    mlp: Mlp,
+    expert: int | None,
+    partners: Units,
+    atol: float,
+    statistics: bool,
+    progress: Callable[[int], None],
+) -> Redundancy:
+    """The redundant units of one MLP or expert, streamed. `partners`: for each unit the one it is said to copy, or -1.
+
+    Rows within `atol` of each other count as equal (case 1 alone). `statistics`: the family takes some over the gates.
+    """
+    every = lanes_in(checkpoint, mlp, expert)
+    normed = mlp.site.template.normed
+    plain = bool(mlp.down) and mlp.grain == 1 and not normed and any(lane.role == "gate" for lane in every)
+    linear = [lane for lane in every if lane.role == "up"] if plain else []
     above = [lane for lane in every if lane.role != "down"]
     told = [(lane, *lane.largest()) for lane in every]
     finite = np.logical_and.reduce([fine for _, _, fine in told])
-    dead = weightless = next(zero for lane, zero, _ in told if lane is down)
+    dead = weightless = np.logical_and.reduce([np.ones(len(finite), bool), *_zero(told, "down")])  # no down: all are
     if linear:
-        dead = weightless | np.logical_and.reduce([zero for lane, zero, _ in told if lane.role == "up"])
-    rows, apart = alike([lane.bits for lane in above]), 0.0
+        dead = weightless | np.logical_and.reduce(list(_zero(told, "up")))
+    rows, apart, hinted = alike([lane.bits for lane in above]), 0.0, _blocks_of(partners, mlp.grain)
     if atol:
-        rows, apart = _near(above, rows, partners, atol)
+        rows, apart = _near(above, rows, hinted, atol)
     equal, gates = _equal(rows, dead & finite, finite), rows
     full = equal
     if linear:
         gates = alike([lane.bits for lane in above if lane.role == "gate"])
+        down = next(lane for lane in every if lane.role == "down")
         full = min(_Parallel(linear, down, gates, finite, dead).merges(equal), equal, key=lambda m: len(m.stay))
     for name in mlp.tensors:
-        progress(checkpoint.infos[name].nbytes)
-    return Redundancy(mlp, equal, full, rows, gates, finite, weightless, bool(linear), apart)
+        progress(checkpoint.infos[name].nbytes // mlp.experts)
+    classes = rows if normed or (statistics and atol) else gates if statistics else None
+    return Redundancy(mlp, expert, equal, full, rows, gates, finite, weightless, hinted, bool(linear), classes, apart)
+
+
+def _zero(told: list[tuple[Lane, Mask, Mask]], role: str) -> Iterator[Mask]:
+    return (zero for lane, zero, _ in told if lane.role == role)
 
 
 def _near(lanes: list[Lane], rows: Units, partners: Units, atol: float) -> tuple[Units, float]:

@@ -3,7 +3,8 @@
 The units that share a gate are, together, the linear map Σ dᵢ·uᵢᵀ behind that gate (METHOD.md 5), so two MLPs are the
 same function if these maps are equal for each gate. They are tried on random inputs in float64, gate by gate and
 element by element: one unit that lost a term is seen, where the output of the whole MLP would hide it. Where sums were
-rounded, a map may be off by what half a unit in the last place of each weight costs it, and by no more.
+rounded, a map may be off by what half a unit in the last place of each weight costs it, and by no more. Where a family
+takes statistics over its gates, each must moreover have kept its part of the units.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptgrow.checkpoint import Bits, Checkpoint
 from ckptgrow.equivalence import SHOWN, Answer, Finding, Progress
 from ckptgrow.families import Architecture, Mlp
 from ckptgrow.numeric import FLOATS, Floats, decode
-from ckptgrow.units import BLOCK_BYTES, Units, as_units, fast_digests, lanes, lanes_of, match, stretches, unequal
+from ckptgrow.units import BLOCK_BYTES, Rows, Units, as_units, fast_digests, match, projections, stretches, unequal
 
 INPUTS = 4
 NOISE = 2.0**-40  # of float64 sums in another order, relative to the sum of absolute values
@@ -31,8 +33,10 @@ def regrouped(
 
     It is relative to the largest value of its MLP. Weights that are infinite or NaN count as zeros in both.
     """
+    often = architecture.family.statistics
+    experts = [(mlp, expert) for mlp in architecture.mlps if mlp.down for expert in mlp.numbers]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        seen = list(pool.map(lambda mlp: _compare(folded, trained, mlp, progress, rounded), architecture.mlps))
+        seen = list(pool.map(lambda one: _compare(folded, trained, one[0], one[1], progress, rounded, often), experts))
     findings = [finding for found, _ in seen for finding in found]
     figure = f"the linear maps behind the gates of {len(seen)} MLPs in float64 on {INPUTS} random inputs"
     figure += f", largest relative difference {max(worst for _, worst in seen):.1e}"
@@ -40,11 +44,17 @@ def regrouped(
 
 
 def _compare(
-    folded: Checkpoint, trained: Checkpoint, mlp: Mlp, progress: Progress, rounded: bool
+    folded: Checkpoint,
+    trained: Checkpoint,
+    mlp: Mlp,
+    expert: int | None,
+    progress: Progress,
+    rounded: bool,
+    often: bool,
 ) -> tuple[list[Finding], float]:
-    """What is wrong in one MLP, and the largest deviation relative to the largest value."""
-    theirs, mine = _gates(folded, trained, mlp)
-    after, before = _side(folded, mlp, mine), _side(trained, mlp, theirs)
+    """What is wrong in one MLP or expert, and the largest deviation relative to the largest value."""
+    theirs, mine = _gates(folded, trained, mlp, expert)
+    after, before = _side(folded, mlp, expert, mine), _side(trained, mlp, expert, theirs)
     gates = int(max(mine.max(), theirs.max())) + 1
     worst, broken, largest = np.zeros(gates), np.zeros(gates, bool), 0.0
     for rows in before.rows():
@@ -55,25 +65,32 @@ def _compare(
         np.maximum(worst, off.max(axis=(0, 1, 3)), out=worst)
         largest = max(largest, float(np.abs(wanted).max()))
     for name in mlp.tensors:
-        progress(folded.infos[name].nbytes + trained.infos[name].nbytes)
-    findings = []
+        progress((folded.infos[name].nbytes + trained.infos[name].nbytes) // mlp.experts)
+    findings = [*_elsewhere(mlp, theirs, broken, worst)]
+    if (
+        often
+        and (np.bincount(theirs, minlength=gates) * len(mine) != np.bincount(mine, minlength=gates) * len(theirs)).any()
+    ):
+        findings.append(Finding(mlp.block, "it takes statistics over its gates, and some come more often than before"))
+    return findings, float(worst.max()) / (largest or 1.0)
+
+
+def _elsewhere(mlp: Mlp, theirs: Units, broken: NDArray[np.bool_], worst: Floats) -> Iterator[Finding]:
     for gate in np.flatnonzero(broken)[:1]:
         units = ", ".join(str(unit) for unit in np.flatnonzero(theirs == gate)[:4])
         count = int(broken.sum())
         told = f"{count:,} gates lead" if count > 1 else "one gate leads"
         told += f" to something else: units {units} are off by {worst[gate]:.2g}"
-        findings.append(Finding(mlp.down, told))
-    return findings, float(worst.max()) / (largest or 1.0)
+        yield Finding(mlp.down, told)
 
 
-def _gates(folded: Checkpoint, trained: Checkpoint, mlp: Mlp) -> tuple[Units, Units]:
+def _gates(folded: Checkpoint, trained: Checkpoint, mlp: Mlp, expert: int | None) -> tuple[Units, Units]:
     """The gate of each unit of `trained`, and of `folded`, as numbers; without a gate all rows together are one."""
+    both = (projections(checkpoint, mlp, expert) for checkpoint in (folded, trained))
     rows = [
-        lane
-        for name, slot in mlp.tensors.items()
-        if name != mlp.down
-        for role, lane in zip(slot.lanes, lanes(folded, trained, name, slot), strict=True)
-        if role == "gate" or not _is_gated(mlp)
+        Rows(name, mine, its)
+        for (name, role, mine), (_, _, its) in zip(*both, strict=True)
+        if role == "gate" or (role != "down" and not _is_gated(mlp))
     ]
     copies, originals = match(rows, fast_digests)
     if unequal(rows, copies, originals) is not None:  # a digest collided: then no two gates are taken for one
@@ -84,7 +101,9 @@ def _gates(folded: Checkpoint, trained: Checkpoint, mlp: Mlp) -> tuple[Units, Un
 
 
 def _is_gated(mlp: Mlp) -> bool:
-    return any("gate" in slot.lanes for slot in mlp.tensors.values())
+    """Whether a unit is linear in its row of up: there is a gate, and nothing stands between the product and down."""
+    gated = any("gate" in lane for slot in mlp.tensors.values() for lane in slot.lanes)
+    return gated and mlp.grain == 1 and not mlp.site.template.normed
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,24 +151,23 @@ class _Side:
         return result
 
 
-def _side(checkpoint: Checkpoint, mlp: Mlp, owners: Units) -> _Side:
+def _side(checkpoint: Checkpoint, mlp: Mlp, expert: int | None, owners: Units) -> _Side:
     answers, sizes, errors = np.zeros((3, len(owners), INPUTS))
     draw = np.random.Generator(np.random.Philox(key=mlp.layer))
-    for name, slot in mlp.tensors.items():
-        dtype = checkpoint.infos[name].dtype
-        for role, bits in lanes_of(checkpoint, name, slot) if _is_gated(mlp) else ():
-            if role != "up":
-                continue
-            inputs = np.ones(INPUTS) if slot.bias else draw.normal(size=(bits.shape[0] * bits.shape[2], INPUTS))
-            inputs, (half, least) = np.broadcast_to(inputs, (bits.shape[0] * bits.shape[2], INPUTS)), _half(dtype)
-            for some in stretches(bits, np.arange(len(owners))):
-                values = _finite(bits[:, some], dtype).transpose(1, 0, 2).reshape(len(some), -1)
-                answers[some] += values @ inputs
-                sizes[some] += np.abs(values) @ np.abs(inputs)
-                errors[some] += (half * np.abs(values) + least) @ np.abs(inputs)
+    for name, role, bits in projections(checkpoint, mlp, expert) if _is_gated(mlp) else ():
+        if role != "up":
+            continue
+        dtype, count = checkpoint.infos[name].dtype, bits.shape[0] * bits.shape[2]
+        inputs = np.ones((count, INPUTS)) if mlp.tensors[name].bias else draw.normal(size=(count, INPUTS))
+        half, least = _half(dtype)
+        for some in stretches(bits, np.arange(len(owners))):
+            values = _finite(bits[:, some], dtype).transpose(1, 0, 2).reshape(len(some), -1)
+            answers[some] += values @ inputs
+            sizes[some] += np.abs(values) @ np.abs(inputs)
+            errors[some] += (half * np.abs(values) + least) @ np.abs(inputs)
     if not _is_gated(mlp):
         answers, sizes = np.ones((2, len(owners), INPUTS))
-    down = as_units(checkpoint, mlp.down, mlp.tensors[mlp.down])
+    down = as_units(checkpoint, mlp.down, mlp.tensors[mlp.down], mlp.grain, expert)
     return _Side(down, checkpoint.infos[mlp.down].dtype, owners, answers, sizes, errors)
 
 

@@ -163,20 +163,39 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class FoldedBlock:
-    """One MLP: its width, the smallest exact one, how many units can be folded away and by what, what does not fold.
+    """One MLP or expert: its width, the smallest exact one, the new one, how many units can be folded away and by what,
+    what does not fold.
 
-    `new` counts the units behind the base's width, where that is known.
+    `new` counts the units behind the base's width, where that is known; `to` is None where it does not fold.
     """
 
     name: str
     layer: int
+    expert: int | None
     width: int
     smallest: int
+    to: int | None
     equal: int
     parallel: int
     dead: int
     new: int | None
     left: tuple[Left, ...]
+
+
+Widths = int | tuple[int, ...]  # of one config key; where that is a list, of each MLP
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedGroup:
+    """The MLPs of one config key: their width, the base's where it is known, the smallest exact one, the one asked for
+    (None: the smallest), the new one (None: that is not exact)."""
+
+    path: str
+    old_width: Widths | None
+    base_width: Widths | None
+    smallest: Widths | None
+    asked: Widths | None
+    width: Widths | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,17 +211,14 @@ class Off:
 class Folding:
     """What `fold` did, or with `planned` would do. `exit_code`: 0 done, 1 it does not fold to what was asked.
 
-    `width` is the new width, None where nothing was written; `widened` counts tensors that are float32 now so that no
-    sum in them is rounded.
+    `folds`: whether it was, or could be, written; `widened` counts tensors that are float32 now so that no sum in them
+    is rounded.
     """
 
     trained: str
     out: str
-    base_width: int | None
-    old_width: int
-    smallest: int
-    asked: int | None
-    width: int | None
+    groups: tuple[FoldedGroup, ...]
+    folds: bool
     blocks: tuple[FoldedBlock, ...]
     rounding: Rounding
     widened: int
@@ -218,8 +234,13 @@ class Folding:
     errors: tuple[Off, ...] = ()  # of a fold that is not exact
 
     @property
+    def width(self) -> Widths | None:
+        """The new width that the first key says; None where nothing was written."""
+        return self.groups[0].width if self.folds else None
+
+    @property
     def exit_code(self) -> int:
-        return 0 if self.width is not None else 1
+        return 0 if self.folds else 1
 
     def to_json(self) -> dict[str, Any]:
         """Everything; the whole Plan where it was only planned."""
@@ -227,6 +248,7 @@ class Folding:
             field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("plan", "answers")
         }
         described["blocks"] = [asdict(block) for block in self.blocks]
+        described["groups"] = [asdict(group) for group in self.groups]
         described["errors"] = [asdict(off) for off in self.errors]
         described |= {"rounding": asdict(self.rounding), "answers": [asdict(answer) for answer in self.answers]}
         if self.planned and self.plan is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckptgrow.execute import Block, Piece, Sources, blocks
+from ckptgrow.execute import Piece, Sources, blocks
 from ckptgrow.numeric import FLOATS, added, decode, rounded
 from ckptgrow.plan import Output, Part, Plan
 from ckptgrow.progress import Meter, Progress
@@ -54,14 +54,14 @@ def roundings(
     for block in blocks(output):
         for start, part in output.placed():
             low, high = max(start, block.start), min(start + part.size, block.stop)
-            if low < high and wanted(part):
-                found += _rounding(output, part, block, slice(low - start, high - start), sources)
+            if low < high and wanted(part) and part.rows(block.rows):
+                found += _rounding(output, part, part.rows(block.rows), slice(low - start, high - start), sources)
     progress(output.info.nbytes)
     return found
 
 
-def _rounding(output: Output, part: Part, block: Block, picked: slice, sources: Sources) -> Rounding:
-    pieces = (Piece(term, block.rows, picked, output.axis, sources[term.source]) for term in part.terms)
+def _rounding(output: Output, part: Part, rows: range, picked: slice, sources: Sources) -> Rounding:
+    pieces = (Piece(term, rows, picked, output.axis, sources[term.source]) for term in part.terms)
     total, lost = added(decode(piece.shared(), piece.dtype) * piece.scale for piece in pieces)
     nearest = rounded(total, output.dtype)
     beyond = ~(np.abs(nearest) <= FLOATS[output.dtype].largest)

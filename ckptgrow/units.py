@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptgrow.checkpoint import Bits, Tensors
-from ckptgrow.families import Slot
+from ckptgrow.families import Mlp, Slot
 from ckptgrow.numeric import decode
 
 Digests = NDArray[Any]
@@ -59,6 +59,22 @@ def lanes_of(
     own = slot.lanes[:1] if slot.flat and expert is not None else slot.lanes
     for i, lane in enumerate(own):
         yield lane, _lane(bits, i, len(own))
+
+
+def projections(checkpoint: Tensors, mlp: Mlp, expert: int | None = None) -> Iterator[tuple[str, str, Bits]]:
+    """(tensor, role, [outer, units, inner]) of every projection of an MLP or of one of its experts.
+
+    Interleaved projections come apart, unless scales take several units as one. The bytes of a coded tensor have the
+    role "code".
+    """
+    for name, slot in mlp.tensors.items():
+        for role, bits in lanes_of(checkpoint, name, slot, mlp.grain, expert):
+            if slot.coded or slot.span == 1 or mlp.grain > 1:
+                yield name, "code" if slot.coded else role, bits
+                continue
+            inner = bits.shape[2] // slot.span
+            for i, one in enumerate(role.split("_")):
+                yield name, one, bits[:, :, i * inner : (i + 1) * inner]
 
 
 def _lane(bits: Bits, i: int, count: int) -> Bits:

@@ -13,7 +13,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ckptgrow.errors import CkptgrowError
 from ckptgrow.families import FAMILIES, Architecture, Family, Mlp, locate
 from ckptgrow.plan import Output, Plan, Share, Term
 from ckptgrow.policy import POLICIES
@@ -109,14 +108,13 @@ FREE = sorted(
 
 
 def _is_plain(name: str) -> bool:
-    try:
-        tiny(name).architecture.check_plain("fold")
-    except CkptgrowError:
-        return False
-    return True
+    groups = tiny(name).architecture.groups
+    slots = [slot for mlp in groups[0].mlps for slot in mlp.tensors.values()]
+    odd = any(slot.stacked or slot.flat or slot.extra or slot.span > 1 for slot in slots)
+    return len(groups) == 1 and not odd and groups[0].site.rule == "units" and not groups[0].site.also
 
 
-# Those whose MLPs have tensors of their own and one width: what fold knows.
+# Those whose MLPs have tensors of their own and one width.
 PLAIN = [name for name in FREE if _is_plain(name)]
 # One family for each company of templates.
 LAYOUTS = sorted(

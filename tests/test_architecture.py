@@ -48,6 +48,7 @@ ORDER = [
     "sums",
     "redundancy",
     "folding",
+    "narrowing",
     "trained",
     "matching",
     "recognition",
@@ -143,7 +144,7 @@ HARMLESS |= {"fractions", "re", "typing", "ckptgrow"}
 
 # What makes the result: the verifier must not call what it checks.
 MAKERS = {"plan", "policy", "surgery", "layout", "proof", "staging", "execute", "operations"}
-MAKERS |= {"sums", "redundancy", "folding", "lossy"}
+MAKERS |= {"sums", "redundancy", "folding", "narrowing", "lossy"}
 
 
 def imports(source: str, everywhere: bool = True) -> Iterator[str]:

@@ -205,11 +205,11 @@ def test_fold_never_changes_the_function(state: dict[str, Any]) -> None:
         trained, out = built(Path(temporary, "trained"), state), Path(temporary, "out")
         done = ckptgrow.fold(trained, out, partial=True)
         assert out.exists() == (done.exit_code == 0)
-        assert done.smallest >= max(1, least(trained))
+        assert done.groups[0].smallest >= max(1, least(trained))
         if done.exit_code:
-            assert done.smallest == done.old_width
+            assert done.groups[0].smallest == done.groups[0].old_width
             return
-        assert done.width == done.smallest == ckptgrow.inspect(out).blocks[0].width
+        assert done.width == done.groups[0].smallest == ckptgrow.inspect(out).blocks[0].width
         assert same_outputs(trained, out, 1e-2 if done.rounding.rounded else 1e-12)
         assert all(answer.verdict == "yes" for answer in done.answers)
 
@@ -279,7 +279,7 @@ def test_trained_states_fold_to_the_bases_width(
     trained = train(grown, tmp_path / "trained", dtype)
     assert not same_outputs(grown, trained, 1e-3)  # it has learned something
     done = ckptgrow.fold(trained, tmp_path / "out")
-    assert (done.exit_code, done.width, done.base_width) == (0, 16, 16)
+    assert (done.exit_code, done.width, done.groups[0].base_width) == (0, 16, 16)
     assert (done.rounding.rounded > 0) == (policy != "g-train")
     assert done.rounding.largest <= 2**-8
     assert same_outputs(trained, tmp_path / "out", 1e-6 if dtype == torch.float32 else 3e-2)
@@ -336,7 +336,7 @@ def test_one_ulp_in_a_gate_row(base: Path, tmp_path: Path) -> None:
     grown = grow(base, tmp_path / "grown")
     checkpoints.edit(grown, lambda tensors: nudge(tensors[GATE], 17))
     done = ckptgrow.fold(grown, tmp_path / "out")
-    assert (done.exit_code, done.smallest) == (1, 13)
+    assert (done.exit_code, done.groups[0].smallest) == (1, 13)
     assert [(left.units, left.why, left.first) for b in done.blocks for left in b.left] == [
         (1, "gate rows differ", (17,))
     ]
@@ -444,7 +444,7 @@ def test_a_hint_that_lies(base: Path, tmp_path: Path, lie: object) -> None:
     config["ckptgrow"] = {"base_width": lie if isinstance(lie, dict) else {"intermediate_size": lie}}
     (grown / "config.json").write_text(json.dumps(config))
     done = ckptgrow.fold(grown, tmp_path / "out", partial=True)
-    assert (done.width, done.base_width) == (12, 5 if lie == 5 else 7 if isinstance(lie, dict) else None)
+    assert (done.width, done.groups[0].base_width) == (12, 5 if lie == 5 else 7 if isinstance(lie, dict) else None)
     assert same_outputs(grown, tmp_path / "out")
 
 
@@ -533,8 +533,8 @@ def test_what_was_written_is_checked(base: Path, tmp_path: Path, policy: str, mo
     trained = train(grown, tmp_path / "trained") if policy == "up" else grown
     honest = folding._part
 
-    def forgetful(name: str, run: list[Any], offset: int) -> Any:
-        return honest(name, [recipe[:1] for recipe in run], offset)
+    def forgetful(name: str, run: list[Any]) -> Any:
+        return honest(name, [recipe[:1] for recipe in run])
 
     monkeypatch.setattr(folding, "_part", forgetful)
     with pytest.raises(PlanError, match="what was written is not the same function"):

@@ -63,7 +63,7 @@ def test_after_training(trained: Any, real_gemma: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "back")
     if policy == "g-freeze":
         done = ckptgrow.fold(bf16, tmp_path / "out")
-        assert (done.exit_code, done.smallest) == (1, 4096)
+        assert (done.exit_code, done.groups[0].smallest) == (1, 4096)
         assert [(left.units, left.why) for b in done.blocks for left in b.left] == [(2048, "gate rows differ")] * 18
         assert not (tmp_path / "out").exists()
         return

@@ -12,8 +12,13 @@ from ckptgrow.cli.group import as_json, bars, from_file, json_of, main, quiet
 @main.command()
 @click.argument("trained")
 @click.argument("out")
-@click.option("--width", type=int, metavar="N", help="Fold to N units, if that is exact.  [default: the base's width]")
-@click.option("--partial", is_flag=True, help="Fold to the smallest exact width, even if it is not the base's.")
+@click.option(
+    "--width",
+    multiple=True,
+    metavar="[KEY=]N",
+    help="Fold to N units, if that is exact; of one of several config keys, KEY.  [default: the base's widths]",
+)
+@click.option("--partial", is_flag=True, help="Fold to the smallest exact widths, even if they are not the base's.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32"]),
@@ -27,7 +32,9 @@ from ckptgrow.cli.group import as_json, bars, from_file, json_of, main, quiet
 @from_file
 @as_json
 @quiet
-def fold(trained: str, out: str, plan: bool, force: bool, as_json: bool, quiet: bool, **wish: Any) -> None:
+def fold(
+    trained: str, out: str, width: tuple[str, ...], plan: bool, force: bool, as_json: bool, quiet: bool, **wish: Any
+) -> None:
     """Fold the MLPs of TRAINED back to a standard shape in the new folder OUT, where that is the same function.
 
     Units with equal gate and up rows are one unit: their columns of down are added. Units with equal gate rows fold
@@ -41,7 +48,7 @@ def fold(trained: str, out: str, plan: bool, force: bool, as_json: bool, quiet: 
     from ckptgrow import operations, report
 
     with bars(quiet) as progress:
-        wish |= {"progress": progress, "bars": progress is not None}
+        wish |= {"width": _widths(width), "progress": progress, "bars": progress is not None}
         if plan:
             done = operations.plan_fold(trained, out, **wish)
         else:
@@ -49,3 +56,14 @@ def fold(trained: str, out: str, plan: bool, force: bool, as_json: bool, quiet: 
     if as_json or not quiet:
         click.echo(json_of(done) if as_json else report.folding(done))
     raise click.exceptions.Exit(done.exit_code)
+
+
+def _widths(given: tuple[str, ...]) -> int | dict[str, int] | None:
+    """The one number, or a number for each key."""
+    told = {}
+    for one in given:
+        key, _, number = one.rpartition("=")
+        if not number.removeprefix("-").isdecimal() or key in told or (not key and len(given) > 1):
+            raise click.BadParameter(f"{' '.join(given)}: give one N, or KEY=N for each key", param_hint="--width")
+        told[key] = int(number)
+    return told.get("", told or None)

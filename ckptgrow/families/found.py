@@ -45,6 +45,10 @@ class Mlp:
         """The experts one by one; (None,) of an MLP that is not a stack of them."""
         return range(self.experts) if self.experts > 1 else (None,)
 
+    def named(self, expert: int | None) -> str:
+        """The block, or that one of the experts stacked in it."""
+        return self.block if expert is None else f"{self.block}[{expert}]"
+
     @cached_property
     def down(self) -> str:
         """The name of the tensor of shares; none ("") in a spare expert."""
@@ -157,7 +161,7 @@ class Group:
                 raise FamilyError(
                     f"{self.path} cannot say that its width is {widths[mlp.block]:,}{near}",
                     tensor=mlp.block,
-                    hint="Choose another --factor or --width.",
+                    hint="Choose another width.",
                 )
         return edits
 
@@ -251,20 +255,6 @@ class Architecture:
         if len(self.groups) > 1:
             raise FamilyError(f"several keys say its widths ({', '.join(group.path for group in self.groups)})")
         return self.groups[0].path
-
-    def check_plain(self, verb: str) -> None:
-        """Raise RequestError unless it has one width, said as it is, of MLPs with tensors of their own."""
-        _ = self.width_path
-        for mlp in self.mlps:
-            odd = [s for s in mlp.tensors.values() if s.stacked or s.flat or s.extra or s.coded or s.span > 1]
-            if odd or mlp.site.rule != "units" or mlp.site.multiple or mlp.site.also:
-                raise RequestError(f"{verb} does not know this layout of MLPs yet ({self.family.model_type})").at(
-                    tensor=mlp.block
-                )
-            if self.family.statistics or mlp.site.template.normed:
-                raise RequestError(f"it takes statistics over its units, so {verb} would change it").at(
-                    tensor=mlp.block
-                )
 
     @cached_property
     def names(self) -> frozenset[str]:

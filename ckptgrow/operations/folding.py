@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,22 +18,24 @@ from ckptgrow.config import set_value
 from ckptgrow.equivalence import Answer, not_the_same, proved, untouched
 from ckptgrow.errors import RequestError
 from ckptgrow.execute import write_shards
-from ckptgrow.families import Architecture, Family, Mlp, locate
+from ckptgrow.families import EVERY, Architecture, Family, locate
 from ckptgrow.folding import FLOAT32, TRAINED, Hints, hints_of
 from ckptgrow.hub import Origin, fetch
 from ckptgrow.layout import INDEX, Layout, lay
 from ckptgrow.manifest import CONFIG_KEY, Manifest
+from ckptgrow.narrowing import Asked, Target, in_play, targets
 from ckptgrow.operations.declaring import declaration
 from ckptgrow.plan import Plan
 from ckptgrow.progress import Meter, Progress, silent
 from ckptgrow.redundancy import DEAD, Redundancy, find
 from ckptgrow.regrouped import regrouped
-from ckptgrow.results import FoldedBlock, Folding, Left, Off
+from ckptgrow.results import FoldedBlock, FoldedGroup, Folding, Left, Off
 from ckptgrow.staging import Staging, check_apart, check_space, check_target
 from ckptgrow.sums import Rounding, costs
 from ckptgrow.version import __version__
 
 Source = str | Path
+Width = int | Mapping[str, int]  # of the one config key that says it, or of each by its name
 Dtype = Literal["float32"]
 NAMED = 4  # units named for each reason
 
@@ -42,7 +44,7 @@ def plan_fold(
     trained: Source,
     out: Source,
     *,
-    width: int | None = None,
+    width: Width | None = None,
     partial: bool = False,
     dtype: Dtype | None = None,
     atol: float = 0.0,
@@ -66,7 +68,7 @@ def fold(
     trained: Source,
     out: Source,
     *,
-    width: int | None = None,
+    width: Width | None = None,
     partial: bool = False,
     dtype: Dtype | None = None,
     atol: float = 0.0,
@@ -79,10 +81,10 @@ def fold(
 ) -> Folding:
     """Fold the MLPs of `trained` into the new folder `out`: the same function, narrower (METHOD.md 5).
 
-    To the base's width, which config.json says, or to the smallest exact one where it says none; `width` asks for
-    another, `partial` takes the smallest that is exact, whatever it is. Where the weights do not allow that nothing is
-    written and `exit_code` is 1. Sums are rounded once to their dtype, or with `dtype="float32"` kept in tensors of
-    float32.
+    To the base's widths, which config.json says, or to the smallest exact ones where it says none; `width` asks for
+    another (where several config keys say widths: for one of each, by its name), `partial` takes the smallest that are
+    exact, whatever they are. Where the weights do not allow that nothing is written and `exit_code` is 1. Sums are
+    rounded once to their dtype, or with `dtype="float32"` kept in tensors of float32.
 
     Two ways give the exactness up, and measure the error of each MLP: `atol` lets rows count as equal that differ by no
     more, `lossy` makes of each unit and its copies the one unit that comes nearest, and writes nothing where a
@@ -103,7 +105,7 @@ def fold(
         off = _measured(job, staging, report) if job.inexact else ()
         told = replace(job.told, planned=False, errors=off)
         if max_error is not None and any(not one.error <= max_error for one in off):
-            return replace(told, width=None, plan=None)
+            return replace(told, folds=False, plan=None)
         _write_rest(job, job.told.plan, staging, max((one.error for one in off), default=0.0))
         answers = _checked(job, open_checkpoint(staging.folder), report)
         staging.commit()
@@ -117,7 +119,7 @@ def fold(
 class _Wish:
     """The options that say what to fold to."""
 
-    width: int | None
+    width: Width | None
     partial: bool
     dtype: str | None
     atol: float = 0.0
@@ -125,11 +127,9 @@ class _Wish:
     max_error: float | None = None
     family: Family | None = None
 
-    def check(self, old: int) -> None:
+    def check(self) -> None:
         if self.width is not None and self.partial:
             raise RequestError("--width and --partial exclude each other")
-        if self.width is not None and not (type(self.width) is int and 0 < self.width < old):
-            raise RequestError(f"--width {self.width} is not below the present width {old}, or not above 0")
         if not 0 <= self.atol < math.inf:
             raise RequestError(f"--atol {self.atol}: give a difference of weights, 0 or above")
         if self.lossy != (self.max_error is not None):
@@ -139,13 +139,9 @@ class _Wish:
         if self.dtype not in (None, "float32"):
             raise RequestError(f"--dtype {self.dtype}: sums are kept in float32, or in the dtype they have")
 
-    def target(self, old: int, smallest: int, base_width: int | None) -> tuple[int | None, int | None]:
-        """(the width that is asked for, where one is; the width to fold to, None where that is not exact)."""
-        asked = self.width if self.width is not None else None if self.partial else base_width
-        wanted = smallest if asked is None else asked
-        if self.lossy and asked is None:
-            raise RequestError("config.json does not say how wide the base was", hint="Give --width N.")
-        return asked, wanted if (smallest <= wanted or self.lossy) and wanted < old else None
+    @property
+    def asked(self) -> Asked:
+        return Asked(self.width, self.partial, self.lossy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +153,15 @@ class _Job:
     architecture: Architecture
     hints: Hints
     told: Folding
+    targets: tuple[Target, ...] = ()
     layout: Layout | None = None
     columns_only: bool = True  # nothing but columns of down was added up
     inexact: bool = False
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The new width of each MLP, by block."""
+        return {block: width for target in self.targets for block, width in (target.widths or {}).items()}
 
     @property
     def identity(self) -> str:
@@ -169,26 +171,20 @@ class _Job:
 
 def _prepare(origin: Origin, out: Path, wish: _Wish, report: Progress) -> _Job:
     """Everything but the writing: what is redundant, what that allows, and the Plan of it."""
+    wish.check()
     trained = open_checkpoint(origin.folder)
-    architecture = locate(trained.config, trained.infos, family=wish.family)
-    architecture.check_plain("fold")
-    wish.check(architecture.width)
-    hints = hints_of(trained, architecture)
-    meter = Meter(report, "comparing units", architecture.nbytes(trained.infos))
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        looked = pool.map(lambda m: find(trained, m, hints.partners(m), wish.atol, meter), architecture.mlps)
-        found = list(looked)
-    smallest = max(one.needed for one in found)
-    asked, width = wish.target(architecture.width, smallest, hints.base_width)
+    whole = locate(trained.config, trained.infos, EVERY, wish.family)
+    hints = hints_of(trained, whole)
+    architecture = in_play(whole, hints, wish.asked)
+    found = _found(trained, architecture, hints, wish.atol, report)
+    aims = targets(architecture, hints, wish.asked, found)
+    every = [one for those in found.values() for one in those]
     told = Folding(
         trained=origin.id,
         out=str(out),
-        base_width=hints.base_width,
-        old_width=architecture.width,
-        smallest=smallest,
-        asked=asked,
-        width=width,
-        blocks=tuple(_block(one, hints) for one in found),
+        groups=tuple(_group(aim) for aim in aims),
+        folds=False,
+        blocks=tuple(_block(one, aim) for aim in aims for mlp in aim.group.mlps for one in found[mlp.block]),
         rounding=Rounding(),
         widened=0,
         parameters_before=trained.parameters,
@@ -197,39 +193,65 @@ def _prepare(origin: Origin, out: Path, wish: _Wish, report: Progress) -> _Job:
         files_left_out=trained.companions()[1],
         planned=True,
         max_error=wish.max_error,
-        apart=max(one.apart for one in found),
+        apart=max(one.apart for one in every),
     )
-    job = _Job(origin, trained, architecture, hints, told)
-    return job if width is None else _planned(job, found, width, wish, report)
+    job = _Job(origin, trained, architecture, hints, told, aims)
+    narrower = any(width < architecture.widths[block] for block, width in job.widths.items())
+    return _planned(job, every, wish, report) if narrower and all(aim.widths for aim in aims) else job
 
 
-def _block(one: Redundancy, hints: Hints) -> FoldedBlock:
-    going, whole = one.full.go, one.full
+def _found(
+    trained: Checkpoint, architecture: Architecture, hints: Hints, atol: float, report: Progress
+) -> dict[str, list[Redundancy]]:
+    """What is redundant in each MLP, by block: one for each of the experts that share its tensors."""
+    meter = Meter(report, "comparing units", architecture.nbytes(trained.infos))
+    statistics = architecture.family.statistics
+    experts = [(mlp, expert) for mlp in architecture.mlps for expert in mlp.numbers]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        looked = pool.map(lambda m: find(trained, m[0], m[1], hints.partners(m[0]), atol, statistics, meter), experts)
+        found: dict[str, list[Redundancy]] = {}
+        for one in looked:
+            found.setdefault(one.mlp.block, []).append(one)
+    return found
+
+
+def _group(aim: Target) -> FoldedGroup:
+    old = aim.spoken({mlp.block: mlp.width for mlp in aim.group.mlps})
+    told = (aim.spoken(widths) for widths in (aim.base, aim.smallest, aim.asked, aim.widths))
+    return FoldedGroup(aim.group.path, old, *told)
+
+
+def _block(one: Redundancy, aim: Target) -> FoldedBlock:
+    going, whole, mlp = one.full.go, one.full, one.mlp
     dead = int((whole.into == DEAD).sum())
     added = going[whole.into[going] != DEAD]
     equal = int((one.rows[added] == one.rows[whole.into[added]]).sum())
-    left = (Left(len(units), why, tuple(units[:NAMED].tolist())) for why, units in one.tied_up(hints.partners(one.mlp)))
-    new = None if hints.base_width is None else one.mlp.width - hints.base_width
+    base = aim.base[mlp.block] if aim.base else None
+    left = (Left(len(units), why, tuple(units[:NAMED].tolist())) for why, units in one.tied_up())
     return FoldedBlock(
-        name=one.mlp.block,
-        layer=one.mlp.layer,
-        width=one.mlp.width,
+        name=mlp.block,
+        layer=mlp.layer,
+        expert=mlp.expert if one.expert is None else one.expert,
+        width=mlp.width,
         smallest=one.needed,
-        equal=equal,
-        parallel=len(added) - equal,
-        dead=dead,
-        new=new,
+        to=aim.widths[mlp.block] if aim.widths else None,
+        equal=equal * mlp.grain,
+        parallel=(len(added) - equal) * mlp.grain,
+        dead=dead * mlp.grain,
+        new=None if base is None else mlp.width - base,
         left=tuple(left),
     )
 
 
-def _planned(job: _Job, found: list[Redundancy], width: int, wish: _Wish, report: Progress) -> _Job:
+def _planned(job: _Job, found: list[Redundancy], wish: _Wish, report: Progress) -> _Job:
     """The job with its Plan, what that rounds, and where each byte will lie."""
-    trained, architecture = job.trained, job.architecture
-    chosen = {one.mlp.block: one.at(width, job.hints.partners(one.mlp)) for one in found if one.needed <= width}
-    made = {block: folding.recipes(merges) for block, merges in chosen.items()}
-    made |= _blended(job, [one.mlp for one in found if one.needed > width], width, report)
-    plan = folding.fold(trained.infos, architecture, made, width)
+    trained, architecture, widths = job.trained, job.architecture, job.widths
+    exact = [one for one in found if one.takes(widths[one.mlp.block])]
+    chosen = [(one, one.at(widths[one.mlp.block])) for one in exact]
+    made = {(one.mlp.block, one.expert): folding.recipes(merges) for one, merges in chosen}
+    made |= _blended(job, [one for one in found if not one.takes(widths[one.mlp.block])], report)
+    sorted_out = {mlp.block: [made[mlp.block, expert] for expert in mlp.numbers] for mlp in architecture.mlps}
+    plan = folding.fold(trained.infos, architecture, sorted_out, widths, job.hints)
     plan.check({TRAINED: trained.infos})
     rounding = costs(plan, {TRAINED: trained}, report)
     wide = [name for name, cost in rounding.items() if cost.rounded] if wish.dtype else []
@@ -243,28 +265,36 @@ def _planned(job: _Job, found: list[Redundancy], width: int, wish: _Wish, report
     small = sum((trained.folder / file).stat().st_size for file in copied) + 2 * len(trained.config_text.encode())
     told = replace(
         job.told,
+        folds=True,
         rounding=sum(rounding.values(), Rounding()),
         widened=len(wide),
         parameters_after=sum(output.info.elements for output in plan.outputs),
         bytes_to_write=layout.nbytes + small,
         plan=plan,
     )
-    pairs = [(one, chosen[one.mlp.block]) for one in found if one.mlp.block in chosen]
-    only = all(one.columns_only(merges) for one, merges in pairs)
+    only = all(one.columns_only(merges) for one, merges in chosen)
     if told.rounding.rounded:  # a proof adds up what stays in twins, and each may have been rounded for itself
-        only &= not any(one.twins(merges) for one, merges in pairs)
-    inexact = len(chosen) < len(found) or job.told.apart > 0
+        only &= not any(one.twins(merges) for one, merges in chosen)
+    inexact = len(exact) < len(found) or job.told.apart > 0
     return replace(job, told=told, layout=layout, columns_only=only, inexact=inexact)
 
 
-def _blended(job: _Job, mlps: list[Mlp], width: int, report: Progress) -> dict[str, folding.Recipes]:
-    """The recipes of the MLPs that do not fold exactly."""
-    if not mlps:
+def _blended(job: _Job, found: list[Redundancy], report: Progress) -> dict[tuple[str, int | None], folding.Recipes]:
+    """The recipes of the MLPs and experts that do not fold exactly."""
+    if not found:
         return {}
     from ckptgrow.lossy import blended
 
-    meter = Meter(report, "fitting", sum(job.trained.infos[name].nbytes for mlp in mlps for name in mlp.tensors))
-    return {m.block: blended(job.trained, job.architecture, m, width, job.hints.partners(m), meter) for m in mlps}
+    total = sum(job.trained.infos[name].nbytes // one.mlp.experts for one in found for name in one.mlp.tensors)
+    meter, made = Meter(report, "fitting", total), {}
+    for one in found:
+        mlp, expert = one.mlp, one.expert
+        if one.classes is not None or one.grain > 1:
+            why = "its weights are coded in blocks" if one.grain > 1 else "it takes statistics over its units"
+            raise RequestError(f"{why}, so nothing can be fitted", tensor=mlp.named(expert))
+        partners = job.hints.partners(mlp)
+        made[mlp.block, expert] = blended(job.trained, mlp, expert, job.widths[mlp.block], partners, meter)
+    return made
 
 
 def _check_size(rounding: dict[str, Rounding], plan: Plan) -> None:
@@ -288,22 +318,21 @@ def _write_rest(job: _Job, plan: Plan, staging: Staging, error: float) -> None:
         staging.copy(folder / file, file)
     if job.layout is not None and job.layout.index is not None:
         staging.put(INDEX, job.layout.index)
-    config, manifest = folding.texts(job.trained.config_text, plan, _known(job))
+    config, manifest = folding.texts(job.trained.config_text, plan, _known(job), job.architecture)
     if manifest is not None:
         staging.put(MANIFEST, manifest)
-    widths = (job.told.old_width, job.told.width or 0)
     name = job.hints.manifest.base.id if job.hints.manifest else folder.resolve().name
-    layers = len(job.architecture.mlps)
+    steps = [(mlp.width, job.widths[mlp.block]) for mlp in job.architecture.mlps]
     off = error if job.inexact else None
-    staging.put(CARD, folded_card(name, layers, widths, _sums(job.told), off, licence(folder / CARD)))
+    staging.put(CARD, folded_card(name, steps, _sums(job.told), off, licence(folder / CARD)))
     if job.inexact:
         config = set_value(config, CONFIG_KEY, {"lossy": {"largest_error": float(f"{error:.3g}")}})
     staging.put(CONFIG, config)
 
 
 def _known(job: _Job) -> Manifest | None:
-    """The manifest of the growth that was folded away, where what is left has the base's width."""
-    exact = not job.inexact and job.told.width == job.hints.base_width
+    """The manifest of the growth that was folded away, where what is left has the base's widths."""
+    exact = not job.inexact and all(target.widths == target.base for target in job.targets)
     return job.hints.manifest if exact else None
 
 
@@ -337,14 +366,21 @@ def _measured(job: _Job, staging: Staging, report: Progress) -> tuple[Off, ...]:
     if job.layout is not None and job.layout.index is not None:
         staging.put(INDEX, job.layout.index)
     written = open_checkpoint(staging.folder)
-    architecture = locate(written.config, written.infos, family=job.architecture.family)
+    architecture = _again(written, job)
     nbytes = job.architecture.nbytes(job.trained.infos) + architecture.nbytes(written.infos)
     return measured(written, job.trained, architecture, job.architecture, Meter(report, "measuring", nbytes))
 
 
+def _again(written: Checkpoint, job: _Job) -> Architecture:
+    """The same MLPs in what was written."""
+    paths = {group.path for group in job.architecture.groups}
+    found = locate(written.config, written.infos, EVERY, job.architecture.family)
+    return replace(found, groups=tuple(group for group in found.groups if group.path in paths))
+
+
 def _answers(job: _Job, written: Checkpoint, report: Progress) -> Iterator[Answer]:
     """The trained one is a growth of the folded one where only columns were added; else its gates lead to the same."""
-    trained, architecture = job.trained, locate(written.config, written.infos, family=job.architecture.family)
+    trained, architecture = job.trained, _again(written, job)
     inside = job.architecture.nbytes(trained.infos) + architecture.nbytes(written.infos)
     outside = trained.tensor_bytes + written.tensor_bytes - inside
     yield untouched(written, trained, architecture, Meter(report, "comparing", outside))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from ckptgrow.report.growing import answers
 from ckptgrow.report.lines import joined, row, size, widths
-from ckptgrow.results import FoldedBlock, Folding, Left
+from ckptgrow.results import FoldedBlock, FoldedGroup, Folding, Left, Widths
 
 SHOWN = 40  # lines of reasons
 
@@ -17,11 +18,11 @@ def folding(what: Folding) -> str:
 
 
 def _folding(what: Folding) -> Iterator[str]:
-    yield from widths((b.name, b.layer, _width(b, what)) for b in what.blocks)
+    yield from widths(_experts((b, _width(b, what)) for b in what.blocks))
     if what.apart:
         yield row("within", f"{what.apart:.3g}: rows that counted as equal differ by no more")
     yield from _errors(what)
-    if what.width is None:
+    if not what.folds:
         yield from _refused(what)
         return
     yield row("parameters", f"{what.parameters_before:,} -> {what.parameters_after:,}")
@@ -38,12 +39,28 @@ def _folding(what: Folding) -> Iterator[str]:
     yield f"would write {what.out}" if what.planned else f"wrote {what.out}"
 
 
+def _experts(lines: Iterable[tuple[FoldedBlock, str]]) -> Iterator[tuple[str, int, str]]:
+    """(name, layer, text), neighbouring experts of a layer that read the same as one."""
+    told = ((*_named(block), block, text) for block, text in lines)
+    for (head, tail, layer, text), group in groupby(told, key=lambda one: (*one[:2], one[2].layer, one[3])):
+        numbers = [str(block.expert) for _, _, block, _ in group if block.expert is not None]
+        yield f"{head}{'-'.join(dict.fromkeys([*numbers[:1], *numbers[-1:]]))}{tail}", layer, text
+
+
+def _named(block: FoldedBlock) -> tuple[str, str]:
+    """What stands before and behind the number of an expert: of one with tensors of its own, or of one in a stack."""
+    if block.expert is None:
+        return block.name, ""
+    head = block.name.removesuffix(str(block.expert))
+    return (head, "") if head != block.name else (f"{block.name}[", "]")
+
+
 def _width(block: FoldedBlock, what: Folding) -> str:
     kinds = [(block.equal, "equal"), (block.parallel, "parallel"), (block.dead, "dead")]
     told = ", ".join(f"{count:,} {kind}" for count, kind in kinds if count) or "none"
-    if what.width is None:
+    if not what.folds:
         return f"{block.width:,} units, {block.smallest:,} at least ({told})"
-    return f"{block.width:,} -> {what.width:,} units ({told})"
+    return f"{block.width:,} -> {block.to:,} units ({told})"
 
 
 def _errors(what: Folding) -> Iterator[str]:
@@ -58,23 +75,34 @@ def _refused(what: Folding) -> Iterator[str]:
         worst = max(off.error for off in what.errors)
         yield f"{what.trained}: does not fold within {what.max_error} (an MLP would be off by {worst:.2g})"
         return
-    broken = [block for block in what.blocks if block.smallest > (what.asked or 0)]
-    lines = [*joined((b.name, b.layer, _left(left, b)) for b in broken for left in b.left)]
+    lines = [*joined(_experts((b, _left(left, b)) for b in what.blocks for left in b.left))]
     yield from (f"  {line}" for line in lines[:SHOWN])
     if len(lines) > SHOWN:
         yield f"  and {len(lines) - SHOWN:,} more lines"
-    whose = " (the base's)" if what.asked is not None and what.asked == what.base_width else ""
-    asked = f", not {what.asked:,}{whose}" if what.asked is not None else ""
-    yield row("smallest", f"{what.smallest:,} units is the smallest exact width of all layers{asked}")
-    if what.asked is not None and what.smallest < what.old_width:
-        yield row("note", "--partial writes that width")
+    for group in what.groups:
+        key = f"{group.path}: " if len(what.groups) > 1 else ""
+        yield row("smallest", key + _smallest(group))
+    if any(group.asked is not None and group.smallest != group.old_width for group in what.groups):
+        yield row("note", "--partial writes the smallest exact widths")
     yield f"{what.trained}: does not fold"
+
+
+def _smallest(group: FoldedGroup) -> str:
+    whose = " (the base's)" if group.asked is not None and group.asked == group.base_width else ""
+    asked = f", not {_said(group.asked)}{whose}" if group.asked is not None and group.width is None else ""
+    return f"{_said(group.smallest)} units is the smallest exact width of all layers{asked}"
+
+
+def _said(width: Widths | None) -> str:
+    return ", ".join(f"{one:,}" for one in (width if isinstance(width, tuple) else (width,)) if one is not None)
 
 
 def _left(left: Left, block: FoldedBlock) -> str:
     of = f" of {block.new:,} new" if block.new is not None else ""
     more = ", ..." if left.units > len(left.first) else ""
     named = ", ".join(str(unit) for unit in left.first)
+    if not left.units:
+        return left.why
     return f"{left.units:,}{of} units do not fold: {left.why} (units {named}{more})"
 
 
