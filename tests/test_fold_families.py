@@ -1,12 +1,12 @@
-"""fold over families: mixtures of experts, shared experts, stacks, interleaved and flat ones, several config keys, lists,
-ratios, statistics over the width, scales in blocks. The base again byte for byte, and never another function.
+"""fold over families: mixtures of experts, shared experts, stacks, interleaved and flat ones, several config keys,
+lists, ratios, statistics over the width, scales in blocks. The base again byte for byte, and never another function.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,18 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Tensors
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import LAW, LAYOUTS
-from test_fold import files, grow, outputs, run, same_outputs
+from test_fold import files, grow, run, same_outputs
 
 import ckptgrow
 from ckptgrow.checkpoint import open_checkpoint
-from ckptgrow.errors import CkptgrowError, FamilyError, PlanError, RequestError
-from ckptgrow.families import EVERY, FAMILIES, Architecture, Mlp, locate
+from ckptgrow.errors import FamilyError, PlanError, RequestError
+from ckptgrow.families import Architecture, Mlp, locate
 from ckptgrow.plan import Output, Part, Plan, Term
 
-STACKS = ["dbrx", "gpt_oss", "jetmoe", "qwen3_vl_moe"]
+STACKS = ["dbrx", "gpt_oss", "jetmoe", "gemma4"]
 
 
 def found_in(folder: Path) -> Architecture:
@@ -96,7 +96,7 @@ def odd(folder: Path, kind: str) -> None:
     checkpoints.edit(folder, change)
 
 
-@settings(LAW, max_examples=80)
+@settings(LAW, max_examples=30)
 @given(cases())
 def test_fold_undoes_expand_in_every_layout(case: dict[str, Any]) -> None:
     """fold(expand(x)) = x byte for byte, for one expert as for all, whatever its weights are."""
@@ -107,10 +107,267 @@ def test_fold_undoes_expand_in_every_layout(case: dict[str, Any]) -> None:
         layers = case["layers"] if case["base"]["layers"] > 1 else None
         try:
             grow(base, grown, layers=layers, **case["growth"])
-        except CkptgrowError:  # `up` of interleaved ones, ...
-            return
+        except RequestError as refused:  # of two projections that alternate one cannot train
+            assume("alternate in it" not in str(refused))
+            raise
         done = ckptgrow.fold(grown, Path(temporary, "folded"))
         assert (done.exit_code, done.rounding.rounded) == (0, 0)
         assert [answer.verdict for answer in done.answers] == ["yes", "yes"]
         folded = files(Path(temporary, "folded"))
         assert [name for name in expected | folded if expected.get(name) != folded.get(name)] == []
+
+
+@st.composite
+def states(draw: st.DrawFn) -> dict[str, Any]:
+    """Units of each expert drawn from few, so that equal, parallel and dead ones come up, elsewhere in each."""
+    units = draw(st.integers(2, 6))
+    of = {"elements": st.integers(0, 1), "min_size": units, "max_size": units}
+    factors = {"elements": st.sampled_from([1.0, 1.0, -1.0, 2.0, 0.0]), "min_size": units, "max_size": units}
+    experts = [
+        {role: (draw(st.lists(**of)), draw(st.lists(**factors))) for role in ("up", "down")}
+        | {"gate": draw(st.lists(**of))}
+        for _ in range(4)
+    ]
+    family = draw(st.sampled_from([*STACKS, "gpt2", "mixtral", "qwen2_moe", "nllb-moe", "bitnet", "zamba2", "swin"]))
+    return {"units": units, "experts": experts, "family": family, "dtype": draw(st.sampled_from(["F32", "BF16"]))}
+
+
+def built(folder: Path, state: dict[str, Any]) -> Path:
+    """A checkpoint in that state; its weights are small whole numbers, so that no sum is rounded."""
+    checkpoints.make(folder, state["family"], width=state["units"], layers=1, hidden=4, shards=1, dtype=state["dtype"])
+    draw = np.random.default_rng(7)
+    rows = {role: torch.tensor(draw.integers(1, 4, (2, 8)), dtype=torch.float64) for role in ("gate", "up", "down")}
+
+    def change(tensors: Tensors) -> None:
+        experts = iter(state["experts"] * 8)
+        for mlp in found_in(folder).mlps:
+            for number in range(mlp.experts):
+                expert = next(experts)
+                for role, units in views(tensors, mlp, number):
+                    if role == "norm":
+                        continue
+                    which, factors = (expert[role], None) if role == "gate" else expert[role]
+                    made = rows[role][which][:, : units[0].numel()]
+                    made = made if factors is None else made * torch.tensor(factors, dtype=torch.float64)[:, None]
+                    units.copy_(made.reshape(units.shape))
+
+    checkpoints.edit(folder, change)
+    return folder
+
+
+@settings(LAW, max_examples=50)
+@given(states())
+def test_partial_never_changes_the_function(state: dict[str, Any]) -> None:
+    """Whatever the experts are, each answers as before, and all of a key have one width."""
+    with tempfile.TemporaryDirectory() as temporary:
+        trained, out = built(Path(temporary, "trained"), state), Path(temporary, "out")
+        done = ckptgrow.fold(trained, out, partial=True)
+        assert out.exists() == (done.exit_code == 0)
+        if done.exit_code:
+            assert all(group.smallest == group.old_width for group in done.groups)
+            return
+        assert same_outputs(trained, out)
+        assert all(answer.verdict == "yes" for answer in done.answers)
+        assert {mlp.width for mlp in found_in(out).mlps} == {block.to for block in done.blocks}
+
+
+@pytest.mark.parametrize("model_type", STACKS)
+def test_experts_of_one_stack_fold_by_themselves(model_type: str, tmp_path: Path) -> None:
+    """Each has its own pair of twins: the Plan says so slice by slice, and what is written answers the same."""
+    base = checkpoints.make(tmp_path / "base", model_type)
+    mlp = found_in(base).mlps[-1]
+
+    def twins(tensors: Tensors) -> None:
+        for one in found_in(base).mlps:
+            for expert in range(one.experts):
+                for role, units in views(tensors, one, expert):
+                    if role != "down":
+                        units[5 + expert] = units[1 + 3 * expert].clone()
+
+    checkpoints.edit(base, twins)
+    assert mlp.experts == checkpoints.EXPERTS
+    planned = ckptgrow.plan_fold(base, tmp_path / "out")
+    assert planned.plan is not None
+    planned.plan.check({"trained": open_checkpoint(base).infos})
+    done = ckptgrow.fold(base, tmp_path / "out", dtype="float32")
+    assert (done.exit_code, {group.width for group in done.groups}) == (0, {11})
+    assert same_outputs(base, tmp_path / "out", 1e-6)
+    slices = {part.slices for o in planned.plan.outputs if o.name in mlp.tensors for part in o.parts}
+    assert (None in slices) == (model_type == "dbrx")  # whose experts lie along the axis of units
+
+
+# ---------------------------------------------------------------- parts of some slices
+
+
+def slab(start: int, stop: int, *units: int) -> Part:
+    return Part(len(units), (Term("trained", "w", tuple(units)),), slices=range(start, stop))
+
+
+def plan_of(*parts: Part) -> Plan:
+    return Plan((Output("w", "F32", (3, 2, 2), 1, parts),))
+
+
+def test_parts_of_some_slices() -> None:
+    """Each run of slices fills the axis, begins where the one before it ended, and none is left out."""
+    infos = {"trained": {"w": replace(plan_of().outputs[0].info, shape=(3, 4, 2))}}
+    good = plan_of(slab(0, 1, 0, 1), slab(1, 3, 3), slab(1, 3, 0))
+    good.check(infos)
+    assert [start for start, _ in good.outputs[0].placed()] == [0, 0, 1]
+    assert good.to_json()["outputs"][0]["parts"][1]["slices"] == [1, 3]
+    for parts in (
+        (slab(0, 1, 0, 1),),
+        (slab(0, 1, 0, 1), slab(1, 3, 3)),
+        (slab(0, 1, 0, 1), slab(2, 3, 0, 1)),
+        (slab(0, 2, 0, 1), slab(1, 3, 0, 1)),
+        (slab(1, 3, 0, 1), slab(0, 1, 0, 1)),
+        (slab(0, 3, 0, 1), Part(2, (Term("trained", "w", range(2)),))),
+        (),
+    ):
+        with pytest.raises(PlanError, match="do not fill"):
+            plan_of(*parts).check(infos)
+
+
+# ---------------------------------------------------------------- several keys
+
+
+def test_several_keys_are_reported_and_asked_for_one_by_one(tmp_path: Path) -> None:
+    """Experts, the shared expert and dense layers: each key has its widths; a bare --width cannot mean all of them."""
+    base = checkpoints.make(tmp_path / "base", "qwen2_moe")
+    grown = grow(base, tmp_path / "grown")
+    said = run(grown, tmp_path / "out", "--plan")
+    assert "MLPs        model.layers.0-1.mlp: 24 -> 12 units (12 equal)" in said
+    assert "MLPs        model.layers.0-1.mlp.experts.0-1: 24 -> 12 units (12 equal)" in said
+    with pytest.raises(RequestError, match=r"several keys say its widths \(intermediate_size 24, moe_inter") as caught:
+        ckptgrow.fold(grown, tmp_path / "out", width=18)
+    assert "--width KEY=N" in str(caught.value)
+    for key, told in (("nothing", "the keys of its widths are"), ("moe_intermediate_size", "not below")):
+        with pytest.raises(RequestError, match=told):
+            ckptgrow.fold(grown, tmp_path / "out", width={key: 24})
+    run(grown, tmp_path / "one", "--width", "moe_intermediate_size=18")
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    keys = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+    assert [config[key] for key in keys] == [12, 18, 12]
+    assert same_outputs(grown, tmp_path / "one")
+    for bad in (["--width", "x"], ["--width", "9", "--width", "8"], ["--width", "a=1", "--width", "a=2"]):
+        run(grown, tmp_path / "two", *bad, code=2)
+
+
+def test_what_did_not_grow_stays(tmp_path: Path) -> None:
+    """What every token passes grew: routed experts keep their bytes, redundant or not."""
+    base = checkpoints.make(tmp_path / "base", "qwen2_moe")
+    checkpoints.edit(base, lambda tensors: [t.zero_() for name, t in tensors.items() if ".experts.0.down" in name])
+    expected, grown = files(base), grow(base, tmp_path / "grown", experts="shared")
+    done = ckptgrow.fold(grown, tmp_path / "out")
+    assert [group.path for group in done.groups] == ["intermediate_size", "shared_expert_intermediate_size"]
+    assert files(tmp_path / "out") == expected
+
+
+def test_a_tower_that_grew_is_found(tmp_path: Path) -> None:
+    """The growth of another tower than the first folds without being told."""
+    base = checkpoints.make(tmp_path / "base", "clip")
+    text = checkpoints.load(base)
+    vision = {name.replace("text_model", "vision_model"): t.clone() for name, t in text.items() if ".mlp." in name}
+    for file in base.glob("*.safetensors*"):
+        file.unlink()
+    checkpoints.write_shards(base, text | vision, 1)
+    inner = json.loads((base / "config.json").read_text())["text_config"]
+    checkpoints.edit_config(base, vision_config=inner)
+    expected, grown = files(base), grow(base, tmp_path / "grown", tower="vision")
+    assert [group.path for group in ckptgrow.fold(grown, tmp_path / "out").groups] == [
+        "vision_config.intermediate_size"
+    ]
+    assert files(tmp_path / "out") == expected
+
+
+def test_layers_of_a_list_fold_by_themselves(tmp_path: Path) -> None:
+    """gemma3n, grown natively: each layer comes back to its own width, from a number or a list in the base."""
+    for name, value in (("number", 12), ("list", [12, 12])):
+        base = checkpoints.make(tmp_path / name, "gemma3n_text", config={"intermediate_size": value})
+        expected, grown = files(base), grow(base, tmp_path / f"{name}-grown", layers="1", uneven="native")
+        assert json.loads((grown / "config.json").read_text())["intermediate_size"] == [12, 24]
+        done = ckptgrow.fold(grown, tmp_path / f"{name}-out")
+        assert (done.width, done.groups[0].old_width) == ((12, 12), (12, 24))
+        assert files(tmp_path / f"{name}-out") == expected
+        (grown / "ckptgrow.json").unlink()
+        ckptgrow.fold(grown, tmp_path / f"{name}-bare")
+        assert files(tmp_path / f"{name}-bare") == expected
+
+
+# ---------------------------------------------------------------- statistics over the width, scales in blocks
+
+
+@pytest.mark.parametrize("model_type", ["bitnet", "gemma3n_text"])
+def test_statistics_want_each_unit_equally_often(model_type: str, tmp_path: Path) -> None:
+    """Whole copies go, of each unit as many; a width between them, or a dead unit, would move the statistics."""
+    base = checkpoints.make(tmp_path / "base", model_type)
+    expected, grown = files(base), grow(base, tmp_path / "grown", factor=4)
+    with pytest.raises(ckptgrow.CkptgrowError):
+        ckptgrow.fold(grown, tmp_path / "out", lossy=True, max_error=0.5, width=6)
+    assert ckptgrow.fold(grown, tmp_path / "out", width=18).exit_code == 1
+    half = ckptgrow.fold(grown, tmp_path / "half", width=24)
+    assert (half.exit_code, [answer.verdict for answer in half.answers]) == (0, ["yes", "yes"])
+    assert same_outputs(grown, tmp_path / "half", 2e-2)  # quarters of a bf16 weight need not add up to one
+    ckptgrow.fold(grown, tmp_path / "out")
+    assert files(tmp_path / "out") == expected
+    checkpoints.edit(base, lambda tensors: [t[:, 3].zero_() for n, t in tensors.items() if "down_proj" in n])
+    done = ckptgrow.plan_fold(base, tmp_path / "dead")
+    assert (done.exit_code, done.groups[0].smallest) == (1, 12)
+    assert done.blocks[0].left[0].why.startswith("statistics are taken over the units")
+
+
+def test_a_norm_that_was_trained_does_not_fold(tmp_path: Path) -> None:
+    """Its weight is part of the unit."""
+    grown = grow(checkpoints.make(tmp_path / "base", "bitnet"), tmp_path / "grown")
+    norm = "model.layers.0.mlp.ffn_sub_norm.weight"
+    checkpoints.edit(grown, lambda tensors: tensors[norm][14:15].mul_(1.5))
+    assert "1 of 12 new units do not fold" in run(grown, tmp_path / "out", code=1)
+
+
+def scaled(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A checkpoint in FP8 with a scale for each 4 x 4 weights, as DeepSeek-V3's are for each 128 x 128."""
+    checkpoints.make(folder, "mixtral", width=16, hidden=8, dtype="F8_E4M3", shards=1)
+    generator = torch.Generator().manual_seed(11)
+
+    def change(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            rows, columns = tensors[name].shape
+            tensors[name + "_scale_inv"] = torch.rand(rows // 4, columns // 4, generator=generator).to(dtype) + 0.5
+        for name in [name for name in tensors if ".experts." not in name]:
+            tensors[name] = tensors[name].to(torch.bfloat16)
+
+    checkpoints.edit(folder, change)
+    checkpoints.edit_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [4, 4]})
+    return folder
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_scaled_blocks_fold(factor: int, tmp_path: Path) -> None:
+    """Equal blocks are one: their scales are added; a block whose payload moved is named."""
+    base = scaled(tmp_path / "base")
+    expected, grown = files(base), grow(base, tmp_path / "grown", factor=factor, policy="down")
+    done = ckptgrow.fold(grown, tmp_path / "out")
+    assert [answer.verdict for answer in done.answers] == ["yes", "yes"]
+    assert files(tmp_path / "out") == expected
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    checkpoints.edit(grown, lambda tensors: tensors[name].view(torch.uint8)[21].bitwise_xor_(1))
+    said = run(grown, tmp_path / "no", code=1)
+    assert f"4 of {16 * (factor - 1)} new units do not fold: rows of a block of rows differ" in said
+    assert "(units 20, 21, 22, 23)" in said
+
+
+# ---------------------------------------------------------------- keys that say a width otherwise
+
+
+def test_widths_that_a_key_cannot_say(tmp_path: Path) -> None:
+    """An int ratio: a width in between is refused by the key's name, and --partial takes the next that it can say."""
+    base = checkpoints.make(tmp_path / "base", "dinov2", width=16, config={"mlp_ratio": 2})
+    expected, grown = files(base), grow(base, tmp_path / "grown", factor=2)
+    with pytest.raises(FamilyError, match="mlp_ratio cannot say that its width is 20"):
+        ckptgrow.fold(grown, tmp_path / "out", width=20)
+    first = next(name for name in checkpoints.load(grown) if name.endswith("layer.0.mlp.fc1.weight"))
+    checkpoints.edit(grown, lambda tensors: tensors[first][17].mul_(3))
+    done = ckptgrow.fold(grown, tmp_path / "part", partial=True)
+    assert (done.width, done.groups[0].smallest, done.blocks[0].smallest) == (24, 24, 17)
+    assert same_outputs(grown, tmp_path / "part")
+    assert repr(json.loads((tmp_path / "part/config.json").read_text())["mlp_ratio"]) == "3"
+    assert expected
