@@ -19,7 +19,7 @@ from ckptgrow.checkpoint import MANIFEST, Checkpoint
 from ckptgrow.config import edited, set_value, without
 from ckptgrow.configs import width_keys
 from ckptgrow.errors import CkptgrowError
-from ckptgrow.families import Architecture, Mlp, Slot, scoped
+from ckptgrow.families import Architecture, Group, Mlp, Slot, scoped
 from ckptgrow.manifest import CONFIG_KEY, Manifest, load_manifest, previous
 from ckptgrow.plan import Edit, Output, Part, Plan, Term, Units, unchanged
 from ckptgrow.redundancy import DEAD, Merges
@@ -80,15 +80,24 @@ def hints_of(trained: Checkpoint, architecture: Architecture) -> Hints:
     found: dict[str, int] = {}
     for group in architecture.groups:
         value = values.get(group.path)
-        widths = {mlp.block: group.told({group.path: value}, mlp) for mlp in group.mlps}
+        widths = {mlp.block: _told(group, value, mlp) for mlp in group.mlps}
         if value is None:
             widths = {mlp.block: before.get(mlp.block, mlp.width) for mlp in group.mlps}
         whole = {block: int(width) for block, width in widths.items() if width is not None and width == int(width)}
         fits = [0 < whole.get(mlp.block, 0) <= mlp.width for mlp in group.mlps]
         if all(fits) and any(whole[mlp.block] < mlp.width for mlp in group.mlps):
             found |= whole
-            said |= {group.path: value} if value is not None else {}
+            whole_key = not group.site.entry or group.beside(value) == group.beside(group.says)
+            said |= {group.path: value} if value is not None and whole_key else {}
     return Hints(said, found, manifest)
+
+
+def _told(group: Group, value: Any, mlp: Mlp) -> float | None:
+    """What a value of the group's key says of an MLP, None where that is nothing."""
+    try:
+        return group.told({group.path: value}, mlp)
+    except (ArithmeticError, ValueError):  # not a finite number
+        return None
 
 
 # ---------------------------------------------------------------- the Plan
@@ -146,8 +155,9 @@ def texts(
     try:
         was = json.loads(manifest.base.config)
         entry = was.pop(CONFIG_KEY, None)
-        widths = (edit for edit in plan.config if edit.path in width_keys(architecture))
-        bare = edited(without(manifest.base.config, CONFIG_KEY), widths)
+        told = [Edit(path, value) for path, value in (manifest.recast or {}).items()]
+        told += [edit for edit in plan.config if edit.path in width_keys(architecture)]
+        bare = edited(without(manifest.base.config, CONFIG_KEY), told)
     except (CkptgrowError, ValueError, AttributeError):
         return text, None
     if json.loads(bare) == json.loads(text):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from ckptgrow.errors import FamilyError, RequestError
-from ckptgrow.families import Architecture, Group
+from ckptgrow.families import Architecture, Group, Mlp
 from ckptgrow.folding import Hints
 from ckptgrow.redundancy import Redundancy
 
@@ -117,9 +117,16 @@ def smallest_of(group: Group, found: Mapping[str, Sequence[Redundancy]]) -> Widt
     """The narrowest widths that are exact for all MLPs of a key, and that it can say."""
     needed = {mlp.block: max(one.needed for one in found[mlp.block]) for mlp in group.mlps}
     if listed(group):
-        return needed
+        return {mlp.block: _least(group, mlp, needed[mlp.block], found[mlp.block]) for mlp in group.mlps}
     least = max(-(-needed[mlp.block] * group.width // mlp.width) for mlp in group.mlps)
     return next(widths for widths in _possible(group, least) if _all_take(group, found, widths))
+
+
+def _least(group: Group, mlp: Mlp, needed: int, found: Sequence[Redundancy]) -> int:
+    """The narrowest width of one MLP of a list."""
+    present = {other.block: other.width for other in group.mlps}
+    widths = (width for width in range(needed, mlp.width) if all(one.takes(width) for one in found))
+    return next((width for width in widths if _can_say(group, {**present, mlp.block: width})), mlp.width)
 
 
 def _possible(group: Group, least: int) -> Iterator[Widths]:
@@ -127,13 +134,18 @@ def _possible(group: Group, least: int) -> Iterator[Widths]:
     for number in range(least, group.width):
         widths = {mlp.block: Fraction(mlp.width * number, group.width) for mlp in group.mlps}
         whole = {block: width.numerator for block, width in widths.items() if width.denominator == 1}
-        try:
-            if len(whole) == len(widths):
-                group.edits(whole)
-                yield whole
-        except FamilyError:
-            continue
+        if len(whole) == len(widths) and _can_say(group, whole):
+            yield whole
     yield {mlp.block: mlp.width for mlp in group.mlps}
+
+
+def _can_say(group: Group, widths: Widths) -> bool:
+    """Whether the group's key has a value for these widths."""
+    try:
+        group.edits(widths)
+    except FamilyError:
+        return False
+    return True
 
 
 def _all_take(group: Group, found: Mapping[str, Sequence[Redundancy]], widths: Widths) -> bool:

@@ -20,6 +20,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import LAW, LAYOUTS
 from test_fold import files, grow, run, same_outputs
+from test_native import llama
 
 import ckptgrow
 from ckptgrow.checkpoint import open_checkpoint
@@ -291,6 +292,28 @@ def test_layers_of_a_list_fold_by_themselves(tmp_path: Path) -> None:
         (grown / "ckptgrow.json").unlink()
         ckptgrow.fold(grown, tmp_path / f"{name}-bare")
         assert files(tmp_path / f"{name}-bare") == expected
+
+
+def test_a_llama_told_otherwise_folds_to_a_llama(tmp_path: Path) -> None:
+    """Grown natively it is a nemotron-nas: with the manifest the base's config comes back, without it the widths."""
+    base = llama(tmp_path / "base")
+    ckptgrow.expand(base, tmp_path / "grown", layers="1,3", uneven="native")
+    expected, grown = files(base), tmp_path / "grown"
+    done = ckptgrow.fold(grown, tmp_path / "out")
+    assert [answer.verdict for answer in done.answers] == ["yes", "yes"]
+    assert files(tmp_path / "out") == expected
+    (grown / "ckptgrow.json").unlink()
+    lies = json.loads((grown / "config.json").read_text())
+    ckptgrow.fold(grown, tmp_path / "bare")
+    config = json.loads((tmp_path / "bare/config.json").read_text())
+    assert (config["model_type"], [mlp.width for mlp in found_in(tmp_path / "bare").mlps]) == (
+        "nemotron-nas",
+        [256] * 4,
+    )
+    lies["ckptgrow"]["base_width"]["block_configs"][0]["attention"]["n_heads_in_group"] = 1
+    (grown / "config.json").write_text(json.dumps(lies))
+    ckptgrow.fold(grown, tmp_path / "lied")
+    assert json.loads((tmp_path / "lied/config.json").read_text())["block_configs"] == config["block_configs"]
 
 
 # ---------------------------------------------------------------- statistics over the width, scales in blocks

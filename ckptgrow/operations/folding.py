@@ -18,7 +18,7 @@ from ckptgrow.config import set_value
 from ckptgrow.equivalence import Answer, not_the_same, proved, untouched
 from ckptgrow.errors import RequestError
 from ckptgrow.execute import write_shards
-from ckptgrow.families import EVERY, Architecture, Family, locate
+from ckptgrow.families import EVERY, Architecture, Family, locate, recast_like
 from ckptgrow.folding import FLOAT32, TRAINED, Hints, hints_of
 from ckptgrow.hub import Origin, fetch
 from ckptgrow.layout import INDEX, Layout, lay
@@ -154,6 +154,7 @@ class _Job:
     hints: Hints
     told: Folding
     targets: tuple[Target, ...] = ()
+    family: Family | None = None
     layout: Layout | None = None
     columns_only: bool = True  # nothing but columns of down was added up
     inexact: bool = False
@@ -195,7 +196,7 @@ def _prepare(origin: Origin, out: Path, wish: _Wish, report: Progress) -> _Job:
         max_error=wish.max_error,
         apart=max(one.apart for one in every),
     )
-    job = _Job(origin, trained, architecture, hints, told, aims)
+    job = _Job(origin, trained, architecture, hints, told, aims, wish.family)
     narrower = any(width < architecture.widths[block] for block, width in job.widths.items())
     return _planned(job, every, wish, report) if narrower and all(aim.widths for aim in aims) else job
 
@@ -372,9 +373,10 @@ def _measured(job: _Job, staging: Staging, report: Progress) -> tuple[Off, ...]:
 
 
 def _again(written: Checkpoint, job: _Job) -> Architecture:
-    """The same MLPs in what was written."""
+    """The same MLPs in what was written, in the same words."""
     paths = {group.path for group in job.architecture.groups}
-    found = locate(written.config, written.infos, EVERY, job.architecture.family)
+    found = locate(written.config, written.infos, EVERY, job.family)
+    found = recast_like(found, written.config, written.infos, job.trained.config.get("model_type"))
     return replace(found, groups=tuple(group for group in found.groups if group.path in paths))
 
 
