@@ -57,12 +57,25 @@ def _moves_rows(past: Past, mlp: Mlp) -> bool:
 def union(pasts: Sequence[Past], names: Sequence[str]) -> Architecture:
     """All MLPs that any of them grew. Raises RequestError where they do not read the base as the same family."""
     first = pasts[0].architecture
+    _check_told(pasts, names)
     groups: dict[str, Group] = {}
     for past, name in zip(pasts, names, strict=True):
         shared = (g for g in past.architecture.groups if groups.setdefault(g.path, g).mlps != g.mlps)
         if past.architecture.family != first.family or any(shared):
             raise RequestError(f"it was grown by another declaration of the family than {names[0]}", file=name)
-    return Architecture(first.family, tuple(groups.values()))
+    return replace(first, groups=tuple(groups.values()))
+
+
+def _check_told(pasts: Sequence[Past], names: Sequence[str]) -> None:
+    """Raise RequestError where one was given a width for each layer in another family's words and another was not."""
+    told = [past.architecture.recast for past in pasts]
+    if any(told) and not all(told):
+        native, plain = next(n for n, t in zip(names, told, strict=True) if t), names[told.index(())]
+        raise RequestError(
+            f"its layers have one width, and those of {native} have widths of their own",
+            file=plain,
+            hint="Grow both with --uneven native, or neither.",
+        )
 
 
 def trainable(plan: Plan) -> Iterator[Trainable]:

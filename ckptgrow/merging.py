@@ -93,7 +93,7 @@ class _Mix:
 def merge(infos: Mapping[str, TensorInfo], architecture: Architecture, skills: Sequence[Ingredient]) -> Plan:
     """The Plan of the merged checkpoint; skills with weight 0 take no part. Raises RequestError for what has none."""
     made: dict[str, Output] = {}
-    edits: list[Edit] = []
+    edits = [*architecture.retold]
     for group in architecture.groups:
         mixes = [_mix(mlp, infos, skills, architecture) for mlp in group.mlps]
         if not any(mix.skills for mix in mixes):

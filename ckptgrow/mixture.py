@@ -36,7 +36,7 @@ def merge_manifest(mixed: Mixed) -> Manifest | None:
     trains, blocks = tuple(trainable(mixed.plan)), tuple(_blocks(mixed))
     if not trains:
         return None
-    base, family, first = mixed.base, mixed.architecture.family, mixed.skills[0]
+    base, family, first = mixed.base, mixed.architecture.own, mixed.skills[0]
     count = sum(tensor.elements for tensor in trains)
     total = sum(output.info.elements for output in mixed.plan.outputs)
     names = {tensor.name: in_memory_name(family, tensor.name) for tensor in trains}
@@ -62,6 +62,7 @@ def merge_manifest(mixed: Mixed) -> Manifest | None:
         history=history(base),
         layers=None,
         declaration=first.declaration,
+        recast=first.recast,
         skills=tuple(
             {
                 "manifest": digest_of(skill.text().encode()),

@@ -58,7 +58,7 @@ def _prove_config(plan: Plan, architecture: Architecture, widths: Mapping[str, i
                 raise PlanError(
                     f"config.json would say {says}, the MLP has width {widths[mlp.block]}", tensor=mlp.block
                 )
-    told = {edit.path: edit.value for edit in architecture.recast if edit.path not in known}
+    told = {edit.path: edit.value for edit in architecture.retold}
     for path, value in told.items():
         if path not in edits or edits[path] != value:
             raise PlanError(f"config.json would not say {path} as {architecture.family.model_type!r} does")

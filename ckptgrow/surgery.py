@@ -101,7 +101,7 @@ def expand(infos: Mapping[str, TensorInfo], architecture: Architecture, growth: 
     mlps = [mlp for mlp in architecture.mlps if widths[mlp.block] != mlp.width]
     grown = {name: _grow(infos[name], mlp, widths[mlp.block], growth) for mlp in mlps for name in mlp.tensors}
     outputs = tuple(grown.get(name) or unchanged(info, BASE) for name, info in infos.items())
-    edits = {edit.path: edit.value for edit in architecture.recast}
+    edits = {edit.path: edit.value for edit in architecture.retold}
     for group in architecture.groups:
         edits |= group.edits(widths)
     return Plan(outputs, tuple(Edit(path, value) for path, value in edits.items()))

@@ -62,7 +62,7 @@ def grown(asked: Asked) -> Path:
     return folder
 
 
-def tiny(folder: Path) -> Path:
+def tiny(folder: Path, width: int = 128) -> Path:
     """A Llama of random weights and a tokenizer that makes a token of each byte."""
     torch.manual_seed(0)
     alphabet = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -74,7 +74,7 @@ def tiny(folder: Path) -> Path:
     config = LlamaConfig(
         vocab_size=len(alphabet),
         hidden_size=64,
-        intermediate_size=128,
+        intermediate_size=width,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=4 * LENGTH,

@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 import torch
 from test_refusals import refused, run
+from test_revert import train
 
 import ckptgrow
 from ckptgrow.checkpoint import open_checkpoint
@@ -214,6 +215,55 @@ def test_revert_gives_the_base_back(base: Path, grown: Path, tmp_path: Path) -> 
     """Every file, the config that said llama among them."""
     assert ckptgrow.revert(grown, tmp_path / "back").exit_code == 0
     assert checkpoints.snapshot(tmp_path / "back") == checkpoints.snapshot(base)
+
+
+def trained(grown: Path) -> Path:
+    """As a trainer leaves it that lets train what the manifest names: one file, the config, and nothing else."""
+    return train(grown, name=f"{grown.name}-trained")
+
+
+def test_trained_audited_reverted_shared(base: Path, grown: Path, tmp_path: Path) -> None:
+    """Training moves the boxes only; the base comes back; a skill makes the trained one again."""
+    after = trained(grown)
+    result = ckptgrow.audit(grown, after)
+    assert (result.exit_code, result.total("frozen")) == (0, load_manifest(grown).counts.frozen)
+    assert ckptgrow.audit(base, after, manifest=grown).exit_code == 0
+    assert ckptgrow.revert(after, tmp_path / "back", manifest=grown).exit_code == 0
+    assert checkpoints.snapshot(tmp_path / "back") == checkpoints.snapshot(base)
+    ckptgrow.extract(after, tmp_path / "skill", manifest=grown)
+    ckptgrow.apply(base, tmp_path / "skill", tmp_path / "applied")
+    mine, its = checkpoints.load(after), checkpoints.load(tmp_path / "applied")
+    assert mine.keys() == its.keys()
+    assert all(torch.equal(its[name], tensor) for name, tensor in mine.items())
+    assert config_of(tmp_path / "applied") == config_of(grown)
+
+
+def test_skills_merge(base: Path, grown: Path, tmp_path: Path) -> None:
+    """Grown on other layers of one Llama: each width is what its layer needs, and the merge can be made again."""
+    ckptgrow.expand(base, tmp_path / "other", layers="0", uneven="native", factor=3)
+    skills = []
+    for folder in (grown, tmp_path / "other"):
+        skills.append(tmp_path / f"{folder.name}-skill")
+        ckptgrow.extract(trained(folder), skills[-1], manifest=folder)
+    done = ckptgrow.merge(base, skills, tmp_path / "merged")
+    assert [answer.verdict for answer in done.answers] == ["yes"] * 3
+    assert widths(tmp_path / "merged") == said(tmp_path / "merged") == [768, 512, 256, 512]
+    manifest = json.loads((tmp_path / "merged/ckptgrow.json").read_text())
+    jsonschema.Draft202012Validator(SCHEMA).validate(manifest)
+    assert ckptgrow.revert(tmp_path / "merged", tmp_path / "back").exit_code == 0
+    assert checkpoints.snapshot(tmp_path / "back") == checkpoints.snapshot(base)
+
+
+def test_native_and_filled_skills_do_not_merge(base: Path, grown: Path, tmp_path: Path) -> None:
+    """One config cannot be told in two families' words: refused before writing, with the way out."""
+    ckptgrow.expand(base, tmp_path / "filled", layers="0")
+    for folder in (grown, tmp_path / "filled"):
+        ckptgrow.extract(trained(folder), tmp_path / f"{folder.name}-skill", manifest=folder)
+    skills = [tmp_path / "filled-skill", tmp_path / "grown-skill"]
+    code, _, message = run("merge", base, *skills, tmp_path / "out")
+    assert code == 2
+    assert "filled-skill: its layers have one width" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_grows_again(base: Path, grown: Path, tmp_path: Path) -> None:

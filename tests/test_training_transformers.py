@@ -256,7 +256,7 @@ def test_a_manifest_of_another_model_is_refused(grow: Grow, tmp_path: Path) -> N
         trainer(load(folder), tmp_path / "out", FreezeCallback(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("example", ["train_plain", "train_transformers"])
+@pytest.mark.parametrize("example", ["train_plain", "train_transformers", "train_native"])
 def test_examples(example: str) -> None:
     """They end well, and they check themselves."""
     path = Path(__file__).parent.parent / "examples" / f"{example}.py"

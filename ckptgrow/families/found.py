@@ -232,6 +232,11 @@ class Architecture:
         """The family of the checkpoint, whatever words it is told in."""
         return self.native or self.family
 
+    @property
+    def retold(self) -> tuple[Edit, ...]:
+        """What changes in its config for the words that it is told in, but for the keys of widths."""
+        return tuple(edit for edit in self.recast if edit.path not in {group.path for group in self.groups})
+
     @cached_property
     def mlps(self) -> tuple[Mlp, ...]:
         return tuple(mlp for group in self.groups for mlp in group.mlps)
