@@ -132,14 +132,15 @@ def notes_on(trained: Trained) -> tuple[str, ...]:
     """That tensors are not in the trained checkpoint as they are compared."""
     if not isinstance(trained, Respelled):
         return ()
-    held: dict[str, int] = defaultdict(int)
-    for parts in trained.made.values():
-        for holder in {twin.other.name for twin in parts if twin.other.slot}:
-            held[holder] += 1
-    renamed = [parts[0] for parts in trained.made.values() if not parts[0].other.slot]
-    notes = [f"{sum(held.values()):,} tensors lie in {len(held):,} others, as {some}" for some in [*held][:1]]
-    notes += [f"{len(renamed):,} tensors have other names, as {one.other.name}" for one in renamed[:1]]
-    return tuple(notes)
+    held: dict[str, list[str]] = defaultdict(list)
+    for name, parts in trained.made.items():
+        for holder in dict.fromkeys(twin.other.name for twin in parts):
+            held[holder].append(name)
+    renamed = [its for its, names in held.items() if len(names) == 1 and len(trained.made[names[0]]) == 1]
+    others = {holder: names for holder, names in held.items() if holder not in renamed}
+    notes = [f"{len(renamed):,} tensors have other names, as {its}" for its in renamed[:1]]
+    count = len({name for names in others.values() for name in names})
+    return tuple(notes + [f"{count:,} tensors lie in {len(others):,} others, as {its}" for its in [*others][:1]])
 
 
 def halves(trained: Trained) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -213,18 +213,23 @@ def test_fsdp2_and_its_dump(grown: Path, tmp_path: Path) -> None:
     assert seen.total("changed") > 0.99 * seen.total("trainable")
 
 
-@pytest.mark.parametrize("name", STACKED)
+# What else goes by other names in memory, and what is not taken: tensors outside the MLPs in other pieces.
+RENAMED = ("dinov2:swiglu", "fuyu", "gemma3", "gte", "nomic_bert", "swin", "t5gemma2", "vit")
+IN_PIECES = {"gte": "self_attn", "kimi_linear": "conv1d", "nomic_bert": "self_attn"}
+
+
+@pytest.mark.parametrize("name", [*STACKED, *RENAMED])
 def test_every_family_comes_back_from_memory(name: str, tmp_path: Path) -> None:
-    """Trained on disk, loaded, and saved as the state dict that transformers makes of it."""
+    """Trained on disk, loaded, and saved as the state dict that transformers makes of it; and frozen in memory."""
     build(CASES[name], tmp_path / "base")
     grown = Path(ckptgrow.expand(tmp_path / "base", tmp_path / "grown").folder)
-    trained = trainings.trained(grown)
-    model = load(CASES[name], trained)
-    folder = save(model, tmp_path / "memory")
+    handle = freeze(load(CASES[name], grown), how="mask")
+    assert handle.stats().trained == load_manifest(grown).counts.trainable
+    folder = save(load(CASES[name], trainings.trained(grown)), tmp_path / "memory")
     seen = audit(grown, folder)
-    if name == "kimi_linear":
-        assert {f.tensor.split(".")[4] for f in seen.findings} == {"conv1d", "q_conv1d", "k_conv1d", "v_conv1d"}
+    if name in IN_PIECES:
+        assert seen.exit_code == 2
+        assert all(IN_PIECES[name] in f.tensor for f in seen.findings if "has no such tensor" in f.problem)
         return
     assert (seen.exit_code, seen.findings) == (0, ())
     assert seen.total("changed") > 0.9 * seen.total("trainable")
-    freeze(load(CASES[name], grown), how="mask").remove()

@@ -9,6 +9,7 @@ from ckptgrow.families.templates import DENSE, FC, GELU, GELU_NEW, GLU, SIGLIP, 
 
 _LAYER = Site(DENSE, "layer.{layer}", default_activation=GELU, open=True)
 _VIT = (_LAYER, Site(FC, "layers.{layer}.mlp", default_activation=GELU))
+_WITHOUT_ENCODER = tuple((f"{root}encoder.layers.", f"{root}layers.") for root in ("", "beit.", "deit.", "vit."))
 _RATIO: dict[str, Any] = {"width": "mlp_ratio", "rule": "per hidden", "default_activation": GELU}
 _DINO = "layer.{layer}.mlp"
 _SWIGLU = tuple(
@@ -53,7 +54,7 @@ ENCODERS: tuple[Family, ...] = (
         _LAYER,
         embedding="word_embeddings.weight",
     ),
-    *alike("beit deit vit", *_VIT),
+    *alike("beit deit vit", *_VIT, in_memory=_WITHOUT_ENCODER),
     *alike(
         "albert",
         Site(
@@ -85,9 +86,14 @@ ENCODERS: tuple[Family, ...] = (
         Site(linear(up_gate="up_gate_proj", down="down_proj"), "layer.{layer}.mlp", default_activation=GELU),
         Site(GLU, default_activation=GELU),
         embedding="word_embeddings.weight",
+        in_memory=(("gte.encoder.layers.", "gte.layers."),),
     ),
     *alike(
-        "nomic_bert", Site(linear(gate="fc12", up="fc11", down="fc2")), Site(GLU), embedding="word_embeddings.weight"
+        "nomic_bert",
+        Site(linear(gate="fc12", up="fc11", down="fc2")),
+        Site(GLU),
+        embedding="word_embeddings.weight",
+        in_memory=(("nomic_bert.encoder.layers.", "nomic_bert.layers."),),
     ),
     *alike("dinov2 dinov2_with_registers", Site(FC, _DINO, **_RATIO), *_SWIGLU),
     *alike(

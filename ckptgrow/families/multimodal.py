@@ -97,7 +97,7 @@ MULTIMODAL: tuple[Family, ...] = (
     ),
     *alike("idefics3 smolvlm", *_GLU, *_SIGLIP[:1]),
     *alike("idefics2", *within(_TEXT, Site(GLU, "text_model.*.layers.{layer}.mlp"), _CONNECTOR), *_SIGLIP[:1]),
-    *alike("fuyu", *within(_TEXT, Site(FOUR_H, default_activation="relu2"))),
+    *alike("fuyu", *within(_TEXT, Site(FOUR_H, default_activation="relu2")), in_memory=_LANGUAGE),
     *alike(
         "qwen2_vl",
         *_GLU,
@@ -164,5 +164,6 @@ MULTIMODAL: tuple[Family, ...] = (
         ),
         *within("encoder.vision_config", *SIGLIP, tower="vision"),
         norm_after=True,
+        in_memory=(("model.encoder.layers.", "model.encoder.text_model.layers."),),
     ),
 )

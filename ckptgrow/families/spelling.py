@@ -92,7 +92,7 @@ def twins(architecture: Architecture, names: Iterable[str] = ()) -> Iterator[Twi
         for site in _siblings(architecture.family, mlp.site):
             moves[_parents(mlp.site.stem, site.stem)] = None
             yield from _twins(mlp, site)
-    patterns = [(pattern_of(before), after) for before, after in moves if before != after]
+    patterns = [(pattern_of(before), after) for before, after in moves if before != after and "{}" not in after]
     for name in names:
         if name not in architecture.names:
             for pattern, after in patterns:
@@ -106,7 +106,8 @@ def _siblings(family: Family, own: Site) -> Iterator[Site]:
     """The sites that are the same MLP in other words, whose blocks can be named from its numbers alone."""
     for site in family.sites:
         alike = (site.tower, site.part, site.width, site.depth) == (own.tower, own.part, own.width, own.depth)
-        plain = all("{layer}" in stem and "*" not in stem and "{}" not in stem for stem in (site.stem, own.stem))
+        plain = all("{layer}" in stem and "*" not in stem for stem in (site.stem, own.stem))
+        plain &= site.stem.count("{}") == own.stem.count("{}")
         if alike and plain and (site.stem, site.template) != (own.stem, own.template):
             yield site
 
@@ -117,6 +118,8 @@ def _twins(mlp: Mlp, site: Site) -> Iterator[Twin]:
         if not match or _is_odd(slot):
             continue
         block = match["prefix"] + site.stem.replace("{layer}", match["layer"])
+        for number in _numbers(mlp.site.stem, match["block"]):
+            block = block.replace("{}", number, 1)
         experts = range(mlp.experts) if slot.stacked else (mlp.expert,)
         for lane, role in enumerate(slot.lanes):
             for theirs in site.template.slots:
@@ -125,6 +128,12 @@ def _twins(mlp: Mlp, site: Site) -> Iterator[Twin]:
                 for expert in experts:
                     other = f"{block.replace('{expert}', str(expert))}.{theirs.name}"
                     yield Twin(Place(name, slot, expert, lane), Place(other, theirs, expert, theirs.lanes.index(role)))
+
+
+def _numbers(stem: str, block: str) -> Iterator[str]:
+    """What stands in a block for each {} of its stem, which is the end of it."""
+    parts = stem.split(".")
+    yield from (number for part, number in zip(parts, block.split(".")[-len(parts) :], strict=True) if part == "{}")
 
 
 def _is_odd(slot: Slot) -> bool:
