@@ -19,7 +19,7 @@ from ckptgrow.manifest import EXPAND, MERGE, Manifest, Trainable, growth_from, p
 from ckptgrow.merging import Ingredient, merge
 from ckptgrow.plan import Plan
 from ckptgrow.policy import POLICIES, boxes
-from ckptgrow.surgery import Growth
+from ckptgrow.surgery import BASE, Growth
 
 SKILL = "skill"
 POLICY = "g-freeze"  # of what is merged: all that is the skills' trains
@@ -76,6 +76,18 @@ def _check_told(pasts: Sequence[Past], names: Sequence[str]) -> None:
             file=plain,
             hint="Grow both with --uneven native, or neither.",
         )
+
+
+def check_shareable(past: Past) -> None:
+    """Raise RequestError where a merge has more of its skills in it than what trains: filling that repeats theirs."""
+    for output in past.spliced(SKILL).outputs:
+        for term in (term for part in output.parts for term in part.terms):
+            if term.source not in (BASE, SKILL):
+                raise RequestError(
+                    "its filling repeats units of a skill, which are in no box, so they would be lost",
+                    tensor=output.name,
+                    hint="Share the skills that were merged.",
+                )
 
 
 def trainable(plan: Plan) -> Iterator[Trainable]:

@@ -126,7 +126,7 @@ def gone(past: Past, lost: tuple[str, ...]) -> RequestError:
     weights = ", ".join(f"{skill['weight']:g}" for skill in past.manifest.skills)
     why = f"the weights ({weights}) cancel its columns, so the merge left its units out"
     if any(term.source == BASE for part in columns for term in part.terms):
-        why = "the merge added up random shares of its columns, which cannot be undone"
+        why = "the merge added up shares of its columns that are no halves, which cannot be undone"
     told = f"{len(lost):,} tensors of the base are not in it: {why}"
     return RequestError(told, tensor=lost[0], hint="Give --base BASE.")
 

@@ -85,7 +85,7 @@ def _moved(past: Past, inverse: Inverse, trained: Tensors) -> Iterator[Finding]:
     told, grown = past.manifest.base.digests, past.plan.named
     for output in inverse.plan.outputs:
         axis, spans = past.trained.get(output.name, (0, ()))
-        if spans == ((0, grown[output.name].shape[axis]),):
+        if spans and spans == ((0, grown[output.name].shape[axis]),):
             continue  # nothing of it is frozen
         if digest_of_output(output, {TRAINED: trained}) == told[output.name]:
             continue

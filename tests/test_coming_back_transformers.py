@@ -13,13 +13,17 @@ import pytest
 
 pytest.importorskip("transformers", reason="takes real transformers' tiny models, which is not installed")
 
-from test_families_transformers import CASES, TOWERS, build
+import checkpoints
+import torch
+from test_families_transformers import CASES, TOWERS, build, load
 from test_merge_families import adds_up
 from test_revert import grow, same, train
 from test_skills import alike
 
 import ckptgrow
 from ckptgrow.errors import RequestError
+from ckptgrow.families import FAMILIES
+from ckptgrow.manifest import load_manifest
 
 pytestmark = [pytest.mark.transformers, pytest.mark.filterwarnings("ignore")]
 
@@ -37,10 +41,11 @@ def test_there_and_back(name: str, tower: str, tmp_path: Path) -> None:
         folder = tmp_path / policy
         grown = grow(base, folder / "grown", tower=tower, policy=policy, seed=seed)
         trained = train(grown, seed=seed)
-        assert ckptgrow.extract(trained, folder / "skill", manifest=grown, base=base).exit_code == 0
+        needed = None if policy == "g-freeze" else base
+        assert ckptgrow.extract(trained, folder / "skill", manifest=grown, base=needed).exit_code == 0
         ckptgrow.apply(base, folder / "skill", folder / "again")
         assert alike(trained, folder / "again")
-        ckptgrow.revert(trained, folder / "back", manifest=grown, base=None if policy == "g-freeze" else base)
+        ckptgrow.revert(trained, folder / "back", manifest=grown, base=needed)
         assert same(base, folder / "back")
         ckptgrow.revert(grown, folder / "untrained")
         assert same(base, folder / "untrained")
@@ -55,3 +60,24 @@ def test_there_and_back(name: str, tower: str, tmp_path: Path) -> None:
     assert [answer.verdict for answer in done.answers][:2] == ["yes", "yes"]
     assert done.answers[2].verdict == ("not run" if "xielu" in str(done) else "yes")
     adds_up(base, skills, [1, 0.5], tmp_path / "both")
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(FAMILIES[case["model_type"]].towers) > 1])
+def test_towers_merge(name: str, tmp_path: Path) -> None:
+    """A skill of each tower: they meet nowhere, so each tower is its skill's, bit for bit, and the base comes back."""
+    base = build(CASES[name], tmp_path / "base")
+    skills, expected = [], checkpoints.load(base)
+    for i, tower in enumerate(FAMILIES[CASES[name]["model_type"]].towers):
+        grown = grow(base, tmp_path / tower / "grown", tower=tower)
+        trained = train(grown, seed=i)
+        ckptgrow.extract(trained, tmp_path / tower / "skill", manifest=grown)
+        skills.append(tmp_path / tower / "skill")
+        its = checkpoints.load(trained)
+        expected |= {tensor.name: its[tensor.name] for tensor in load_manifest(grown).trainable}
+    done = ckptgrow.merge(base, skills, tmp_path / "both")
+    assert [answer.verdict for answer in done.answers] == ["yes"] * 3
+    got = checkpoints.load(tmp_path / "both")
+    assert all(torch.equal(tensor, got[key]) for key, tensor in expected.items())
+    load(CASES[name], tmp_path / "both")
+    ckptgrow.revert(tmp_path / "both", tmp_path / "back")
+    assert alike(base, tmp_path / "back")

@@ -259,7 +259,7 @@ def test_what_a_merge_lost_needs_the_base(base: Path, tmp_path: Path) -> None:
             (),
             "6 tensors of the base are not in it: the weights (1, 1) cancel its columns, so the merge left its",
         ),
-        ((a, r), ("--weights", "0.5,0.5"), "2 tensors of the base are not in it: the merge added up random shares"),
+        ((a, r), ("--weights", "0.5,0.5"), "2 tensors of the base are not in it: the merge added up shares of its"),
         ((a,), ("--weights", "0.3"), "2 tensors are not the base's any more: the merge rounded"),
     ):
         out = tmp_path / f"{len(skills)}{len(options)}"

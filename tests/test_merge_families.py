@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import FREE, LAW, LAYOUTS, Tiny, Weights, answer, fitting
 from test_merge import skill
-from test_revert import grow, train
+from test_revert import grow, same, train
 from test_skills import alike, run
 
 import ckptgrow
@@ -60,6 +60,21 @@ def verdicts(done: ckptgrow.Merging) -> list[str]:
     return [answer.verdict for answer in done.answers]
 
 
+def there_and_back(base: Path, out: Path, folder: Path) -> None:
+    """A merge gives the base back or says why not, and it is a skill of the base; where it is the base it has none."""
+    if not (out / "ckptgrow.json").exists():
+        return
+    try:
+        ckptgrow.revert(out, folder / "back")
+    except RequestError as error:
+        assert "Give --base BASE." in str(error)  # noqa: PT017 (either is right, and what is kept is checked)
+        ckptgrow.revert(out, folder / "back", base=base)
+    assert same(base, folder / "back")
+    ckptgrow.extract(out, folder / "skill", base=base)
+    ckptgrow.apply(base, folder / "skill", folder / "again")
+    assert alike(out, folder / "again")
+
+
 # ---------------------------------------------------------------- laws
 
 recipes = st.tuples(
@@ -93,6 +108,7 @@ def test_merge_is_the_sum(family: str, dtype: str, drawn: list[Any], bias: bool)
             adds_up(base, skills, weights, folder / "out")
             ckptgrow.merge(base, skills[::-1], folder / "other", weights=weights[::-1])
             adds_up(base, skills, weights, folder / "other")
+        there_and_back(base, folder / "out", folder)
         ckptgrow.merge(base, skills[:1], folder / "one")
         assert alike(skills[0].parent / "trained", folder / "one")
         ckptgrow.merge(base, skills, folder / "none", weights=[0] * len(skills))
@@ -164,6 +180,10 @@ def test_norms_over_the_width_on_different_layers(tmp_path: Path) -> None:
     assert verdicts(done) == ["yes"] * 3
     assert json.loads((tmp_path / "out/config.json").read_text())["intermediate_size"] == 72
     adds_up(base, [a, b], [1, 1], tmp_path / "out")
+    ckptgrow.revert(tmp_path / "out", tmp_path / "back")
+    assert same(base, tmp_path / "back")
+    with pytest.raises(RequestError, match="its filling repeats units of a skill"):
+        ckptgrow.extract(tmp_path / "out", tmp_path / "skill", base=base)
     for options in ({"weights": [1, 0.5]}, {"skills": [a, skill(base, "c", 3)]}):
         with pytest.raises(RequestError, match="no sum that could be merged"):
             ckptgrow.merge(base, **({"skills": [a, b], "out": tmp_path / "no"} | options))
@@ -228,6 +248,7 @@ def test_scaled_blocks_take_the_weights_in_their_scales(
     base = answered(mine)
     parts = [weight * (answered(its) - base) for weight, its in zip(weights, theirs, strict=True)]
     wanted = base + torch.stack(parts).sum(0)
+    there_and_back(scaled, tmp_path / "out", tmp_path)
     assert (answered(got) - wanted).abs().max() <= 1e-6 * max(part.abs().max() for part in (base, *parts))
 
 

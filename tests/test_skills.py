@@ -84,6 +84,7 @@ def test_apply_undoes_extract(
 @pytest.mark.parametrize("policy", POLICIES)
 def test_extract_needs_no_base(base: Path, tmp_path: Path, policy: str) -> None:
     """With every policy's own shares of two copies the frozen part is checked by the manifest's digests alone."""
+    checkpoints.edit(base, lambda tensors: tensors.update(logit_scale=torch.tensor(2.5)))
     grown = grow(base, tmp_path / "grown", policy=policy, shares="even")
     trained = train(grown)
     assert ckptgrow.extract(trained, tmp_path / "skill", manifest=grown).exit_code == 0

@@ -9,7 +9,7 @@ from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, open_checkpoint
 from ckptgrow.errors import RequestError
 from ckptgrow.execute import write_shards
 from ckptgrow.hub import fetch
-from ckptgrow.ingredients import recalled
+from ckptgrow.ingredients import check_shareable, recalled
 from ckptgrow.layout import INDEX, lay
 from ckptgrow.lineage import Past, find_manifest, stranger
 from ckptgrow.manifest import EXPAND, load_manifest, named_in
@@ -59,6 +59,7 @@ def extract(
     found = open_trained(folder)
     path, notes = find_manifest(found, Path(manifest) if manifest is not None else None)
     past = recalled(load_manifest(path), str(path))
+    check_shareable(past)
     text = past.manifest.text().encode()
     mine, said = named(past, found)
     reference, gone = from_itself(past, text, mine) if base is None else (_given(base, found, past, path, bars), ())
