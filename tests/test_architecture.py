@@ -73,6 +73,7 @@ ORDER = [
     "training.resolve",
     "training.masters",
     "training.handle",
+    "training.sharded",
     "training.split",
     "training.mask",
     "training",

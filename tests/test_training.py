@@ -784,7 +784,9 @@ SHARDED = """
 import os, sys
 sys.path.insert(0, {tests!r})
 import torch, torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from test_training import Toy, adamw, backward, moved, state, steps
 from ckptgrow.training import FreezeError, freeze
 from pathlib import Path
@@ -793,6 +795,7 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo")
 mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
 folder = Path({grown!r})
+FULL = StateDictOptions(full_state_dict=True)
 
 
 def full(model):
@@ -849,6 +852,46 @@ steps(model, optimizer)
 handle.check(optimizer)
 for name, p in model.named_parameters():
     assert torch.equal(p.full_tensor(), names[name]) != name.endswith("_trained"), name
+
+# what it holds comes back in each way to load: by shards, the same whole in each process, whole in the first one only
+learned, first = full(model), dist.get_rank() == 0
+fresh = state(Toy(folder))
+for kind, given in (
+    ("sharded", {{name: tensor.clone() for name, tensor in model.state_dict().items()}}),
+    ("full", dict(learned)),
+    ("broadcast", dict(learned) if first else {{}}),
+    ("assign", None),  # from meta, as accelerate loads with cpu_ram_efficient_loading
+):
+    placements = {{name: p.placements for name, p in model.named_parameters()}}
+    if given is None:
+        model.to("meta")
+        own = {{name: (t.device_mesh, t.placements) for name, t in model.state_dict().items()}}
+        given = {{name: distribute_tensor(learned[name], *where) for name, where in own.items()}}
+        model.load_state_dict(given, assign=True)
+    else:
+        set_model_state_dict(model, {{n: t.full_tensor() * 0 for n, t in model.state_dict().items()}}, options=FULL)
+        assert not any(tensor.any() for tensor in full(model).values())
+        options = StateDictOptions(full_state_dict=kind != "sharded", broadcast_from_rank0=kind == "broadcast")
+        set_model_state_dict(model, given, options=options)
+    assert {{name: p.placements for name, p in model.named_parameters()}} == placements, kind
+    after = full(model)
+    assert all(torch.equal(after[name], learned[name]) for name in learned), kind
+    assert after.keys() == fresh.keys()
+for wrong in ("missing", "misshapen"):
+    given = dict(learned) if first else {{}}
+    name = next(name for name in learned if name.endswith("down_proj.weight"))
+    if first:
+        given[name] = learned[name][:, 1:]
+    if wrong == "missing":
+        given.pop(name, None)
+    try:
+        set_model_state_dict(
+            model, given, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        )
+        raise SystemExit("not refused")
+    except RuntimeError as error:
+        assert name in str(error), error
+assert all(torch.equal(tensor, learned[name]) for name, tensor in full(model).items())
 
 # both in DDP, which must know beforehand what will have no gradient
 wrapped = torch.nn.parallel.DistributedDataParallel(Toy(folder))

@@ -23,6 +23,7 @@ from ckptgrow.manifest import Manifest
 from ckptgrow.training.cut import Cut, Span, interleave
 from ckptgrow.training.handle import Handle
 from ckptgrow.training.resolve import Target, cuts_by_name, plain_name
+from ckptgrow.training.sharded import dealt, is_sharded, placed_like
 
 FROZEN, TRAINED = "_frozen", "_trained"
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
@@ -138,17 +139,20 @@ class SplitLinear(nn.Linear):
         """The unsplit names, taken apart; what is missing or misshapen is said in those names too."""
         given, missing = dict(state_dict), list[str]()
         for attribute, cut in self.cuts.items():
-            whole = given.pop(prefix + attribute, None)
-            if whole is None:
-                continue
-            if tuple(whole.shape) != self._shape(attribute):
+            whole, parts, shape = given.pop(prefix + attribute, None), self._parts(attribute), self._shape(attribute)
+            misshapen = whole is not None and tuple(whole.shape) != shape
+            if misshapen:
                 error_msgs.append(
                     f"size mismatch for {prefix + attribute}: {tuple(whole.shape)} in the checkpoint,"
-                    f" {self._shape(attribute)} in the model."
+                    f" {shape} in the model."
                 )
-                whole = self.whole(attribute).detach()
-            given[prefix + attribute + FROZEN] = cut.take(whole, cut.frozen)
-            given[prefix + attribute + TRAINED] = cut.take(whole, cut.trained)
+            if is_sharded(parts[0]) and not is_sharded(whole):
+                whole = dealt(parts[0], None if misshapen else whole, shape)
+            if whole is None and not misshapen:
+                continue
+            pieces = parts if misshapen else (cut.take(whole, cut.frozen), cut.take(whole, cut.trained))
+            for suffix, part, piece in zip((FROZEN, TRAINED), parts, pieces, strict=True):
+                given[prefix + attribute + suffix] = placed_like(part, piece) if is_sharded(part) else piece
         super()._load_from_state_dict(given, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += dict.fromkeys(name.removesuffix(FROZEN).removesuffix(TRAINED) for name in missing)
 
