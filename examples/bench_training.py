@@ -1,6 +1,6 @@
 """What freezing costs: full fine-tuning, a mask, a guarded mask and a split on one model, side by side in one run.
 
-    python examples/bench_training.py [--model FOLDER] [--steps 5] [--rows 2] [--length 128] [--json]
+    python examples/bench_training.py [--model FOLDER] [--steps 5] [--rows 2] [--length 128] [--device cpu] [--json]
 
 Without --model it grows a Llama of random weights to about 100 M parameters (10 layers, hidden 640, MLP 2 x 2048,
 tied). The variants take turns, step by step, so that whatever else the machine does meets them alike; the time is the
@@ -43,9 +43,9 @@ class Figures:
 class Run:
     """One variant with its own model and optimizer."""
 
-    def __init__(self, variant: str, grown: Path) -> None:
+    def __init__(self, variant: str, grown: Path, device: str) -> None:
         self.variant, self.seconds = variant, list[float]()
-        self.model = AutoModelForCausalLM.from_pretrained(grown, dtype=torch.float32)
+        self.model = AutoModelForCausalLM.from_pretrained(grown, dtype=torch.float32).to(device)
         how: Any = "split" if variant == "split" else "mask"
         self.handle = None if variant == "full fine-tuning" else freeze(self.model, grown, how)
         decay = 0.0 if variant == "mask" else 0.01
@@ -55,9 +55,11 @@ class Run:
             self.handle.guard(self.optimizer)
 
     def step(self, tokens: torch.Tensor) -> None:
+        settle(tokens)
         began = time.perf_counter()
         self.model(input_ids=tokens, labels=tokens).loss.backward()
         self.optimizer.step()
+        settle(tokens)
         self.seconds.append(time.perf_counter() - began)
         self.gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.optimizer.zero_grad()
@@ -69,6 +71,12 @@ class Run:
         kept = [part for parts in getattr(self.handle, "_kept", {}).values() for part in parts]
         sizes = map(nbytes, (self.gradients, states, kept))
         return Figures(self.variant, sum(p.numel() for p in held), *sizes, statistics.median(self.seconds[1:]))
+
+
+def settle(tensor: torch.Tensor) -> None:
+    """A GPU works on after a call has returned."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
 
 
 def nbytes(tensors: list[torch.Tensor]) -> int:
@@ -85,13 +93,14 @@ def random_llama(folder: Path) -> Path:
 
 def bench(asked: argparse.Namespace, folder: Path) -> list[Figures]:
     grown = Path(ckptgrow.expand(asked.model or random_llama(folder / "base"), folder / "grown").folder)
-    runs = [Run(variant, grown) for variant in VARIANTS]
+    runs = [Run(variant, grown, asked.device) for variant in VARIANTS]
     parameters = sum(p.numel() for p in runs[0].model.parameters())
     print(f"{parameters:,} parameters in float32, {asked.rows} x {asked.length} tokens, torch {torch.__version__},")
-    print(f"{torch.get_num_threads()} threads; each variant {asked.steps} steps after a first one, taking turns")
+    where = torch.cuda.get_device_name() if asked.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{where}; each variant {asked.steps} steps after a first one, taking turns")
     for step in range(asked.steps + 1):
         generator = torch.Generator().manual_seed(step)
-        tokens = torch.randint(3, 8192, (asked.rows, asked.length), generator=generator)
+        tokens = torch.randint(3, 8192, (asked.rows, asked.length), generator=generator).to(asked.device)
         for run in runs[step % len(runs) :] + runs[: step % len(runs)]:
             run.step(tokens)
     for run in runs:
@@ -120,6 +129,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

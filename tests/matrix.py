@@ -2,6 +2,8 @@
 
     python tests/matrix.py CELLS.json GROWN OUT        (under torchrun for ddp, fsdp2 and zero)
 
+On the CPU, or with CKPTGROW_DEVICE=cuda on GPUs: there the Trainer also shards, with FSDP2 and with ZeRO-3.
+
 Each cell trains a tiny grown Llama as people do with that trainer and leaves in OUT/<cell> what the trainer saved, or
 in OUT/<cell>.txt why it stopped. What must come of it is said, and held, by test_matrix.py.
 """
@@ -23,6 +25,7 @@ from typing import Any
 
 from ckptgrow.errors import CkptgrowError
 
+DEVICE = os.environ.get("CKPTGROW_DEVICE", "cpu")
 STEPS, RATE = 3, 0.1  # with decay 0.1 a step shrinks by 1 %, which bfloat16 cannot hide
 DTYPES = {"fp32": "F32", "bf16": "BF16"}
 WAYS = ("accumulation", "clipping", "checkpointing", "compile")
@@ -39,6 +42,14 @@ TRAINERS: Mapping[str, tuple[tuple[str, ...], str, int]] = {
     "zero2": (("deepspeed",), "zero", 2),
     "zero3": (("deepspeed",), "zero", 2),
 }
+# What accelerate shards on GPUs alone.
+if DEVICE != "cpu":
+    TRAINERS = {
+        **TRAINERS,
+        "hffsdp2": (("accelerate",), "hfsharded", 2),
+        "hfzero2": (("accelerate", "deepspeed"), "hfzero", 2),
+        "hfzero3": (("accelerate", "deepspeed"), "hfzero", 2),
+    }
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ def load(cell: Cell, grown: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if cell.dtype == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(grown, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(grown, dtype=dtype).to(DEVICE)
     if cell.way == "checkpointing":
         getattr(model, f"{checkpointing()}_enable")({"use_reentrant": False})
     return model.train()
@@ -144,7 +155,7 @@ def loop(cell: Cell, runner: Any, optimizer: Any, tokens: Any, apart: Callable[[
 
     micro = 2 if cell.way == "accumulation" else 1
     for _ in range(STEPS):
-        for i, part in enumerate(tokens.chunk(micro)):
+        for i, part in enumerate(tokens.to(DEVICE).chunk(micro)):
             with apart(i == micro - 1) or nullcontext():
                 runner(input_ids=part, labels=part).loss.backward()
         if cell.way == "clipping":
@@ -197,7 +208,7 @@ def fsdp2(cell: Cell, grown: Path, out: Path) -> None:
     model = load(cell, grown)
     before = cell.how in ("split", "early", "naive", "whole")
     handle = freeze(cell, model, grown) if before else None
-    mesh = init_device_mesh("cpu", (place()[1],))
+    mesh = init_device_mesh(DEVICE, (place()[1],))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -219,7 +230,7 @@ def fsdp1(cell: Cell, grown: Path, out: Path) -> None:
     model = load(cell, grown)
     late = cell.how.startswith("late")
     handle = None if late else freeze(cell, model, grown)
-    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device(DEVICE))
     handle = freeze(cell, wrapped, grown) if late else handle
     optimizer = adamw(cell, wrapped)
     guard(cell, handle, optimizer)
@@ -243,7 +254,7 @@ def zero(cell: Cell, grown: Path, out: Path) -> None:
     if compiled(cell):
         engine.compile(backend=backend(cell))
     for _ in range(STEPS):
-        for part in batches(*place()).chunk(config["gradient_accumulation_steps"]):
+        for part in batches(*place()).to(DEVICE).chunk(config["gradient_accumulation_steps"]):
             engine.backward(engine(input_ids=part, labels=part).loss)
             engine.step()
     if handle is not None:
@@ -324,7 +335,7 @@ def arguments(cell: Cell, out: Path) -> dict[str, Any]:
         "bf16": cell.dtype == "bf16",
         "report_to": [],
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": DEVICE == "cpu",
         "dataloader_pin_memory": False,
     }
 
@@ -338,14 +349,16 @@ def callbacks(cell: Cell, model: Any, grown: Path) -> list[Any]:
     return [FreezeCallback(how=cell.how)]  # type: ignore[arg-type]
 
 
-def hf(cell: Cell, grown: Path, out: Path) -> None:
+def hf(cell: Cell, grown: Path, out: Path, **more: Any) -> None:
+    """Under ZeRO-3 transformers partitions a model as it loads it, since there are arguments that say so."""
     from transformers import Trainer, TrainingArguments
 
+    told = TrainingArguments(**arguments(cell, Path(str(out) + ".hf")) | more)
     model = load(cell, grown)
     rows = [{"input_ids": row, "labels": row} for row in batches()]
-    told = TrainingArguments(**arguments(cell, Path(str(out) + ".hf")))
     Trainer(model, told, train_dataset=rows, callbacks=callbacks(cell, model, grown)).train()
-    Path(str(out) + ".hf", f"checkpoint-{STEPS}").rename(out)
+    if place()[0] == 0:
+        Path(str(out) + ".hf", f"checkpoint-{STEPS}").rename(out)
 
 
 def trl(cell: Cell, grown: Path, out: Path) -> None:
@@ -387,7 +400,7 @@ def lightning(cell: Cell, grown: Path, out: Path) -> None:
         by_hand(model, grown, hooks=cell.how == "naive")
     module, micro = Module(), 2 if cell.way == "accumulation" else 1
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=DEVICE,
         devices=1,
         max_steps=STEPS,
         precision="bf16-true" if cell.dtype == "bf16" else "32-true",
@@ -401,6 +414,19 @@ def lightning(cell: Cell, grown: Path, out: Path) -> None:
     )
     trainer.fit(module, torch.utils.data.DataLoader(batches(), batch_size=2))
     save(module.state_dict(), out)
+
+
+def hf_fsdp2(cell: Cell, grown: Path, out: Path) -> None:
+    """The Trainer's own way to shard. Trained in bf16 its masters are fp32, and so is what it saves."""
+    shards = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    shards["activation_checkpointing"] = cell.way == "checkpointing"
+    hf(cell, grown, out, fsdp=True, fsdp_config=shards, **{checkpointing(): False})
+
+
+def hf_zero(cell: Cell, grown: Path, out: Path) -> None:
+    config = settings(cell) | {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    config["zero_optimization"] |= {"stage3_gather_16bit_weights_on_model_save": True}
+    hf(cell, grown, out, deepspeed=config)
 
 
 def words() -> Any:
@@ -426,6 +452,9 @@ RUNNERS: Mapping[str, Callable[[Cell, Path, Path], None]] = {
     "zero1": zero,
     "zero2": zero,
     "zero3": zero,
+    "hffsdp2": hf_fsdp2,
+    "hfzero2": hf_zero,
+    "hfzero3": hf_zero,
 }
 
 
@@ -468,19 +497,29 @@ def main(file: Path, grown: Path, out: Path) -> None:
 def start(cells: list[Cell]) -> None:
     import torch
 
-    if cells[0].trainer.startswith("zero"):
+    backend = "gloo" if DEVICE == "cpu" else "nccl"
+    if DEVICE != "cpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if "zero" in cells[0].trainer:
         import deepspeed
 
-        deepspeed.init_distributed("gloo")
+        deepspeed.init_distributed(backend)
     else:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group(backend)
 
 
 def environment() -> dict[str, str]:
     """For that process: one thread, DeepSpeed on the CPU, and the package that this one has."""
     paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": DEVICE, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return os.environ | settings
+
+
+def processes(trainer: str) -> int:
+    """As many as it takes to shard, and as there are GPUs."""
+    import torch
+
+    return TRAINERS[trainer][2] if DEVICE == "cpu" else min(TRAINERS[trainer][2], torch.cuda.device_count())
 
 
 def told(cells: Iterable[Cell]) -> str:

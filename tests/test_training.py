@@ -37,7 +37,8 @@ from ckptgrow.training.handle import _LIVE
 from ckptgrow.training.mask import MaskHandle
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
-TOKENS = torch.arange(2, 14).view(2, 6)
+DEVICE = os.environ.get("CKPTGROW_DEVICE", "cpu")
+TOKENS = torch.arange(2, 14).view(2, 6).to(DEVICE)
 FAMILIES = ("llama", "phi3", "phi")
 
 
@@ -98,6 +99,7 @@ class Toy(nn.Module):
         self.model.norm = nn.RMSNorm(hidden)
         self.to(next(iter(tensors.values())).dtype)
         self.load_state_dict(tensors)
+        self.to(DEVICE)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.model.embed_tokens(tokens)
@@ -133,7 +135,7 @@ def grown(grow: Grow) -> Path:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().view(INTEGERS[tensor.element_size()])
+    return tensor.detach().cpu().clone().view(INTEGERS[tensor.element_size()])
 
 
 def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], manifest: Manifest) -> tuple[int, int, int]:

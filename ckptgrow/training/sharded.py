@@ -1,4 +1,4 @@
-"""Loading into parameters that are sharded as DTensors, as FSDP2 makes them: by their own placements, from whole tensors.
+"""Loading into parameters that are DTensors, as FSDP2 makes them: into their own placements, from whole tensors.
 
 torch deals out a full state dict by the names of parameters. Those of a split layer are not in it, so what it leaves
 undone for them is done here: a whole tensor that each process has, or only the first one, becomes each one's shard.
