@@ -153,7 +153,7 @@ def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], manifest: M
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 def trainable(model: nn.Module) -> list[Tensor]:
@@ -236,7 +236,7 @@ def test_the_gradient_of_the_input_is_the_same_to_the_bit(grown: Path) -> None:
     """So layers below train as below an unsplit one."""
     model, plain = Toy(grown), Toy(grown)
     freeze(model, grown)
-    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     gradients = []
     for mlp in (model.model.layers[0].mlp, plain.model.layers[0].mlp):
         leaf = x.clone().requires_grad_()
@@ -249,7 +249,7 @@ def test_autocast_treats_it_like_a_linear(grown: Path) -> None:
     """bfloat16 products of float32 weights."""
     model, plain = Toy(grown), Toy(grown)
     freeze(model, grown)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(model(TOKENS), plain(TOKENS))
         backward(model)
 
@@ -926,7 +926,9 @@ def test_ddp_and_fsdp2_in_two_processes(grow: Grow, family: str, tmp_path: Path)
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED.format(tests=str(Path(__file__).parent), grown=str(folder)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"CKPTGROW_DEVICE": "cpu"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("held") == 2
 

@@ -14,7 +14,7 @@ import checkpoints
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_training import Grow, Toy, adamw, backward, grow, moved, one_thread, state, steps, trainable
+from test_training import DEVICE, Grow, Toy, adamw, backward, grow, moved, one_thread, state, steps, trainable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
@@ -77,18 +77,19 @@ def eight_bit(name: str) -> Make:
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "Lion8bit"])
 @pytest.mark.filterwarnings("ignore")  # of bitsandbytes' own imports
 def test_eight_bit_moments(grown: Path, name: str) -> None:
-    """On CPU a zero in a block of other values becomes a small one, without any decay."""
+    """On CPU a zero in a block of other values becomes a small one, without any decay; on CUDA it does not."""
     make = eight_bit(name)
-    model = masked_by_hand(grown)
-    steps(model, make(model))
-    assert moved_by(model, grown)[0] > 0
+    if DEVICE == "cpu":
+        model = masked_by_hand(grown)
+        steps(model, make(model))
+        assert moved_by(model, grown)[0] > 0
 
-    model = Toy(grown)
-    freeze(model, grown, "mask")
-    optimizer = make(model)
-    steps(model, optimizer, 2)
-    with pytest.raises(FreezeError, match=r"down_proj\.weight: frozen elements have moved"):
-        steps(model, optimizer, 1)  # it looks after 1, 2, 4, 8, ... steps
+        model = Toy(grown)
+        freeze(model, grown, "mask")
+        optimizer = make(model)
+        steps(model, optimizer, 2)
+        with pytest.raises(FreezeError, match=r"down_proj\.weight: frozen elements have moved"):
+            steps(model, optimizer, 1)  # it looks after 1, 2, 4, 8, ... steps
 
     for how in ("split", "mask"):
         model = Toy(grown)
