@@ -329,7 +329,7 @@ def test_only_the_layers_that_grew_train(grow: Grow, tmp_path: Path, policy: str
     optimizer = adamw(model)
     handle.guard(optimizer)
     steps(model, optimizer)
-    after = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    after = {name: tensor.contiguous() for name, tensor in state(model).items()}
     frozen, free, total = moved(before, after, handle.manifest)
     assert (frozen, free) == (0, total)
     assert {name.split(".")[2] for name in before if not torch.equal(before[name], after[name])} == {"1"}
@@ -576,7 +576,7 @@ def test_remove_gives_the_plain_model_back(grow: Grow, family: str, how: How) ->
         (n, p.shape, type(p)) for n, p in Toy(folder).named_parameters()
     ]
     assert {type(module) for module in model.modules()} == {type(module) for module in Toy(folder).modules()}
-    assert all(torch.equal(tensor, learned[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, learned[name]) for name, tensor in state(model).items())
     assert torch.equal(model(TOKENS), logits)
     backward(model)
     assert all(p.requires_grad and p.grad is not None and p.grad.any() for p in model.parameters())
