@@ -270,7 +270,7 @@ def settings(cell: Cell) -> dict[str, Any]:
         "gradient_accumulation_steps": 2 if cell.way == "accumulation" else 1,
         "gradient_clipping": 0.1 if cell.way == "clipping" else 0.0,
         "bf16": {"enabled": cell.dtype == "bf16"},
-        "zero_optimization": {"stage": int(cell.trainer[-1])},
+        "zero_optimization": {"stage": int(cell.trainer[-1]), "reduce_bucket_size": 1 << 20},  # buffers that add up
         "zero_allow_untested_optimizer": True,
     }
 

@@ -42,6 +42,8 @@ def train(folder, resume=None):
     told = TrainingArguments(folder, max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2,
         weight_decay=0.1, report_to=[], disable_tqdm=True, **(fsdp if shards == "fsdp2" else {"deepspeed": zero}))
     model = AutoModelForCausalLM.from_pretrained(grown, dtype=torch.float32)
+    if "mixtral" in grown:  # else DeepSpeed's ZeRO-3 leaves the first layer's experts apart in the backward pass
+        model.enable_input_require_grads()
     Trainer(model, told, train_dataset=rows, callbacks=[FreezeCallback(grown, how=how)]).train(resume)
 
 
