@@ -9,6 +9,7 @@ from typing import Any
 
 import checkpoints
 import pytest
+import torch
 from checkpoints import sites_of
 from click.testing import CliRunner, Result
 from strategies import PLAIN, config_of, infos_of
@@ -104,13 +105,14 @@ def test_what_is_no_declaration(change: dict[str, Any], told: str) -> None:
 
 
 def test_every_verb_takes_it(base: Path, file: Path, tmp_path: Path) -> None:
-    """inspect, expand, verify and fold by the file; audit and revert by the manifest, which carries it."""
+    """inspect, expand, verify and fold by the file; audit, mask and revert by the manifest, which carries it."""
     out = tmp_path / "out"
     assert "can grow    the 2 MLPs above" in run("inspect", base, "--family", file).stdout
     assert run("expand", base, out, "--policy", "down", "--family", file).exit_code == 0
     assert json.loads((out / "ckptgrow.json").read_text())["declaration"] == to_json(NEWCOMER)
     assert run("verify", base, out, "--family", file).exit_code == 0
     assert run("audit", out, out).exit_code == 0
+    assert run("mask", out).exit_code == 0
     assert run("audit", base, out).exit_code == 0
     assert run("fold", out, tmp_path / "folded", "--family", file).exit_code == 0
     assert run("revert", out, tmp_path / "again").exit_code == 0
@@ -136,6 +138,43 @@ def test_a_wrong_axis_is_refused_by_the_tensor(base: Path, tmp_path: Path, role:
     result = run("expand", base, tmp_path / "out", "--family", tmp_path / "wrong.json")
     assert (result.exit_code, "contradicts the width" in result.stderr) == (2, True), result.stderr
     assert ".ffn.w" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [("ffn_dimm", "config.json: it has no ffn_dimm"), ("dim", "dim is 8, which does not say its width")],
+)
+def test_a_wrong_key_is_refused(base: Path, tmp_path: Path, key: str, told: str) -> None:
+    """The config would keep the old width under the right key, and no loader would learn of the new one."""
+    declared = to_json(NEWCOMER)
+    declared["sites"][0]["width"] = key
+    (tmp_path / "wrong.json").write_text(json.dumps(declared))
+    result = run("expand", base, tmp_path / "out", "--family", tmp_path / "wrong.json")
+    assert (result.exit_code, told in result.stderr) == (2, True), result.stderr
+    assert told in run("inspect", base, "--family", tmp_path / "wrong.json").stdout
+    assert not (tmp_path / "out").exists()
+
+
+def _widen(tensors: checkpoints.Tensors) -> None:
+    for name in [name for name in tensors if ".1.ffn." in name]:
+        tensors[name] = torch.cat([tensors[name]] * 2, int("w2" in name))
+
+
+@pytest.mark.parametrize(
+    ("change", "tensor"),
+    [
+        (_widen, "model.blocks.1.ffn: width 24"),
+        (lambda t: t.update({"model.blocks.1.ffn.scale": torch.ones(12).bfloat16()}), "model.blocks.1.ffn.scale"),
+        (lambda t: t.pop("model.blocks.1.ffn.w3.weight"), "model.blocks.1.ffn.w3.weight: it is missing"),
+        (lambda t: t.pop("model.blocks.0.ffn.w2.weight"), "model.blocks.0.ffn.w2.weight: it is missing"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_it(base: Path, file: Path, tmp_path: Path, change: Any, tensor: str) -> None:
+    """Another width in one layer, an unknown tensor of the width, half an MLP: as with the built-in ones."""
+    checkpoints.edit(base, change)
+    result = run("expand", base, tmp_path / "out", "--family", file)
+    assert (result.exit_code, tensor in result.stderr) == (2, True), result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -202,6 +241,39 @@ def test_a_proposal_that_does_not_hold_says_why(base: Path) -> None:
     assert done.problem is not None
     assert "weight_scale" in done.problem
     assert "not yet" in run("inspect", base, "--propose").stderr
+
+
+def test_a_proposal_names_what_else_has_the_size(base: Path) -> None:
+    """A tensor of the width that lies in the layer, not in the block: not guessed, but pointed at."""
+    checkpoints.edit(base, lambda t: t.update({"model.blocks.0.gain": torch.ones(12).bfloat16()}))
+    assert "model.blocks.0.gain [12] has an axis of 12 too" in run("inspect", base, "--propose").stderr
+
+
+def test_a_key_that_is_null_or_not_there(base: Path) -> None:
+    """gpt2's n_inner is null where the width is the default; without any key the proposal does not hold yet."""
+    checkpoints.edit_config(base, ffn_dim=None)
+    done = ckptgrow.propose(base)
+    assert "intermediate_size is a guess" in " ".join(done.notes)
+    assert "it has no intermediate_size" in str(done.problem)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"n_inner": None}))
+    done = ckptgrow.propose(base)
+    assert done.declaration["sites"][0]["width"] == "n_inner"
+    assert done.problem is None
+
+
+def test_a_proposal_keeps_to_what_the_config_says(base: Path) -> None:
+    """Two more tensors that pair up, of a size that no key says, are no MLP beside those of a known width."""
+
+    def add(tensors: checkpoints.Tensors) -> None:
+        for layer in range(2):
+            tensors[f"model.blocks.{layer}.gating.in_proj.weight"] = torch.ones(5, 8).bfloat16()
+            tensors[f"model.blocks.{layer}.gating.out_proj.weight"] = torch.ones(8, 5).bfloat16()
+
+    checkpoints.edit(base, add)
+    done = ckptgrow.propose(base)
+    assert [site["stem"] for site in done.declaration["sites"]] == ["blocks.{layer}.ffn"]
+    assert any("left out" in note for note in done.notes)
 
 
 def test_nothing_to_propose() -> None:

@@ -21,6 +21,7 @@ _HIDDEN = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "model_dim", 
 _WIDTH = re.compile("inter|ffn|ff|mlp|inner|feed|ratio", re.IGNORECASE)
 _DEPTH = re.compile("^(num_hidden_layers|n_?layers?|num_layers|num_blocks|depth|.*coder_layers)$")
 _NOT_AN_MLP = re.compile("attn|attention|norm|embed|head|mixer|conv|rotary", re.IGNORECASE)
+_ACTIVATION = re.compile("^(.*hidden_act|hidden_activation|activation_function|activation|act_fn|ffn?_act.*)$")
 _EXPERT = re.compile("expert", re.IGNORECASE)
 _GATE = re.compile(r"gate|w1\b|wi_0|fc12", re.IGNORECASE)
 _DOWN = re.compile(r"down|w2\b|wo\b|fc2|out|proj|4h_to_h|lin2|value|output", re.IGNORECASE)
@@ -42,7 +43,7 @@ def propose(config: Mapping[str, Any], infos: Infos) -> tuple[Family, tuple[str,
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise FamilyError("it has no model_type", file="config.json")
-    keys = dict(_numbers(config))
+    keys = dict(_leaves(config))
     hidden = _hidden(keys, infos)
     blocks = _blocks(infos)
     best: dict[str, _Found] = {}
@@ -57,24 +58,38 @@ def propose(config: Mapping[str, Any], infos: Infos) -> tuple[Family, tuple[str,
             f"no two tensors pair up around the hidden size {hidden}: no MLP was recognised",
             hint="Write a declaration by hand; the README shows one.",
         )
+    known = {stem: one for stem, one in best.items() if _named(one, keys)} or best
     sites, notes = [], [f"hidden size {hidden}"]
     for stem, one in best.items():
         site, said = _site(stem, one, keys)
-        sites.append(site)
-        notes += [f"{one.block}: width {one.width:,}, {said}"]
+        if stem in known:
+            sites.append(site)
+        else:  # beside MLPs that the config knows, more likely something else
+            said = f"left out, since {said}"
+        notes.append(f"{one.block}: width {one.width:,}, {said}")
+    declared = {name for (stem, _), names in blocks.items() if stem in known for name in names}
+    notes += [note for one in known.values() for note in _beside(one, declared, infos)]
     return Family(model_type, tuple(sites)), tuple(notes)
 
 
-def _numbers(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in a nested config, by dotted key."""
+def _beside(one: _Found, declared: set[str], infos: Infos) -> Iterator[str]:
+    """What else in the layer has an axis of that size, and may have to grow too."""
+    layer = re.match(r".*?\.\d+\.", f"{one.block}.")
+    for name in sorted(infos.keys() - declared):
+        if layer and name.startswith(layer[0]) and one.width in infos[name].shape:
+            yield f"{name} {[*infos[name].shape]} has an axis of {one.width:,} too: does it belong to it?"
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in a nested config that is no object, by dotted key."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif type(value) in (int, float):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
             yield prefix + key, value
 
 
-def _hidden(keys: Mapping[str, float], infos: Infos) -> int:
+def _hidden(keys: Mapping[str, Any], infos: Infos) -> int:
     """The hidden size: what the config calls so, or else the size that most matrices share."""
     for name in _HIDDEN:
         for key, value in keys.items():
@@ -148,16 +163,30 @@ def _bias(name: str, block: str, lanes: tuple[str, ...], infos: Infos) -> Slot |
     return Slot(bias[len(block) + 1 :], lanes, 0, bias=True) if bias in infos and name.endswith(".weight") else None
 
 
-def _site(stem: str, one: _Found, keys: Mapping[str, float]) -> tuple[Site, str]:
+def _named(one: _Found, keys: Mapping[str, Any]) -> list[str]:
+    """The config keys that say the width of a block."""
+    return [key for key, value in keys.items() if _says(value, one.width) and _WIDTH.search(key.rpartition(".")[2])]
+
+
+def _says(value: Any, width: int) -> bool:
+    return type(value) in (int, float) and value == width
+
+
+def _site(stem: str, one: _Found, keys: Mapping[str, Any]) -> tuple[Site, str]:
     """The site with the config keys that say these sizes, and how sure they are."""
-    named = [key for key, value in keys.items() if value == one.width and _WIDTH.search(key.rpartition(".")[2])]
+    named = _named(one, keys)
+    empty = [key for key, value in keys.items() if value is None and _WIDTH.search(key.rpartition(".")[2])]
     depths = [key for key, value in keys.items() if value == one.layers and _DEPTH.search(key.rpartition(".")[2])]
-    key = named[0] if named else "intermediate_size"
+    key = (named or empty or ["intermediate_size"])[0]
     scope = key.rpartition(".")[0]
     depth = next((d.removeprefix(f"{scope}.") for d in depths if d.startswith(scope)), "num_hidden_layers")
     hidden = next((k for k in _HIDDEN if f"{scope}.{k}".removeprefix(".") in keys), "hidden_size")
-    said = f"{key} says it" if named else f"no key says it: {key} is a guess, which loaders must know"
+    guess = f"{key}, which is null," if empty else key
+    said = f"{key} says it" if named else f"no key says it: {guess} is a guess, which loaders must know"
+    activation = next((k for k in keys if _ACTIVATION.search(k.rpartition(".")[2]) and isinstance(keys[k], str)), "")
     part: Any = "expert" if _EXPERT.search(stem) and "shared" not in stem else "mlp"
     site = Site(one.template, stem, key.rpartition(".")[2], part, scope=scope, depth=depth, hidden=hidden)
+    if activation.rpartition(".")[0] == scope:
+        site = replace(site, activation=activation.rpartition(".")[2] or site.activation)
     site = replace(site, open=one.others)
     return site, said + (f" (or {', '.join(named[1:])})" if len(named) > 1 else "")

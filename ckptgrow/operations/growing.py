@@ -20,7 +20,7 @@ from ckptgrow.identity import identify
 from ckptgrow.layers import chosen, ranked
 from ckptgrow.layout import INDEX, Layout, lay
 from ckptgrow.manifest import Grown, Manifest, describe, grown_config, history, read_mask
-from ckptgrow.operations.declaring import declaration
+from ckptgrow.operations.declaring import check_keys, declaration
 from ckptgrow.policy import ShareChoice, said
 from ckptgrow.progress import Meter, Progress, silent
 from ckptgrow.proof import prove, prove_marks
@@ -44,6 +44,8 @@ def inspect(src: Source, *, tower: str | None = None, family: Source | None = No
     architecture, reason, grown_before = None, None, 0
     try:
         architecture = locate(base.config, base.infos, tower, given)
+        if given is not None:
+            check_keys(architecture, base.config)
         grown_before = len(history(base))
     except (FamilyError, FormatError) as error:
         reason = str(error)
@@ -238,6 +240,8 @@ def _layers(asked: Layers) -> tuple[int, ...] | None:
 def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth, family: Family | None) -> _Job:
     """Everything that can be known, and refused, before the first byte is written."""
     architecture = surgery.architecture_for(growth, base.config, base.infos, family)
+    if family is not None:
+        check_keys(architecture, base.config)
     history(base)
     plan = surgery.expand(base.infos, architecture, growth)
     prove(plan, base.infos, architecture)

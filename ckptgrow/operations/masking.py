@@ -8,6 +8,7 @@ from ckptgrow.checkpoint import Checkpoint, open_checkpoint
 from ckptgrow.dialects import DIALECTS, Subject
 from ckptgrow.errors import RequestError
 from ckptgrow.families import family_of, in_memory_name
+from ckptgrow.families.declared import recalled
 from ckptgrow.hub import Origin, preview
 from ckptgrow.manifest import Manifest, manifest_of
 from ckptgrow.progress import Meter, Progress, silent
@@ -58,6 +59,7 @@ def _check_asked(wording: str, to_disk: bool) -> None:
 
 
 def _subject(origin: Origin, grown: Checkpoint, manifest: Manifest) -> Subject:
-    family, held = family_of(grown.config), held_by(manifest, grown.infos)
+    family = recalled(manifest.family, manifest.declaration) or family_of(grown.config)
+    held = held_by(manifest, grown.infos)
     names = dict.fromkeys(in_memory_name(family, name) for name in grown.infos if name not in held.apart)
     return Subject(origin.id, origin.revision, origin.folder, manifest, (*names, *held.stacks), held)
