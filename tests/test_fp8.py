@@ -28,17 +28,30 @@ LAYER = "model.layers.{}.mlp.{}_proj.weight"
 
 def quantise(tensors: Tensors) -> None:
     """Each projection as an F8 payload and the scales of its blocks, the last block of the hidden axis cut short."""
-    for name in [name for name in tensors if "_proj.weight" in name and "mlp" in name]:
+    for name in [name for name in tensors if "_proj" in name and "mlp" in name]:
         weight = tensors[name].float()
-        tiles = [-(-size // BLOCK) for size in weight.shape]
+        *experts, rows, columns = weight.shape
+        tiles = [*experts, -(-rows // BLOCK), -(-columns // BLOCK)]
         scales = torch.rand(*tiles, generator=torch.Generator().manual_seed(3)) * 0.01 + 0.001
         tensors[name] = (weight / spread(scales, weight.shape)).to(torch.float8_e4m3fn)
         tensors[name + "_scale_inv"] = scales
 
 
+def stack(tensors: Tensors) -> None:
+    """The experts of each layer in two tensors."""
+    for layer in range(2):
+        block = f"model.layers.{layer}.mlp.experts."
+        parts = {
+            role: [tensors.pop(f"{block}{i}.{role}_proj.weight") for i in range(2)] for role in ("gate", "up", "down")
+        }
+        both = zip(parts["gate"], parts["up"], strict=True)
+        tensors[block + "gate_up_proj"] = torch.stack([torch.cat(pair) for pair in both])
+        tensors[block + "down_proj"] = torch.stack(parts["down"])
+
+
 def spread(scales: torch.Tensor, shape: Any) -> torch.Tensor:
     """Each scale at every place of its block."""
-    return scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[: shape[0], : shape[1]]
+    return scales.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)[..., : shape[-2], : shape[-1]]
 
 
 def weights(tensors: Tensors, name: str) -> torch.Tensor:
@@ -72,6 +85,33 @@ def test_it_grows_exactly(base: Path, tmp_path: Path, factor: int, policy: str) 
     assert json.loads((tmp_path / "out/config.json").read_text())["intermediate_size"] == factor * WIDTH
     assert not any("scale" in tensor.name for tensor in done.manifest.trainable)
     assert ckptgrow.audit(base, tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_experts_grow_exactly(tmp_path: Path, stacked: bool) -> None:
+    """DeepSeek-V3's own layout, each expert with its scales, and transformers' stacks with a table for each expert."""
+    base = checkpoints.make(tmp_path / "base", "deepseek_v3", hidden=HIDDEN, width=WIDTH, config=QUANTISED)
+    if stacked:
+        checkpoints.edit(base, stack)
+    checkpoints.edit(base, quantise)
+    before = checkpoints.load(base)
+    scaled = [name for name in before if name.endswith("_scale_inv")]
+    assert len(scaled) == (16 if stacked else 24)
+    done = ckptgrow.expand(base, tmp_path / "out")
+    assert [a.verdict for a in ckptgrow.verify(base, tmp_path / "out").answers] == ["yes", "yes", "yes"]
+    after = checkpoints.load(tmp_path / "out")
+    for name in (name.removesuffix("_scale_inv") for name in scaled if "down" in name):
+        payload = after[name].view(torch.uint8).chunk(2, -1)
+        assert all(torch.equal(part, before[name].view(torch.uint8)) for part in payload)
+        assert all(
+            torch.equal(part * 2, before[name + "_scale_inv"]) for part in after[name + "_scale_inv"].chunk(2, -1)
+        )
+    assert not any("scale" in tensor.name for tensor in done.manifest.trainable)
+    assert ckptgrow.revert(tmp_path / "out", tmp_path / "back").exit_code == 0
+    assert all(
+        torch.equal(t.view(torch.uint8), before[n].view(torch.uint8))
+        for n, t in checkpoints.load(tmp_path / "back").items()
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from strategies import LAYOUTS, config_of, infos_of, tiny
 import ckptgrow
 from ckptgrow import surgery
 from ckptgrow.errors import CkptgrowError, FamilyError, PlanError, RequestError
-from ckptgrow.families import FAMILIES, locate
+from ckptgrow.families import FAMILIES, Family, Site, linear, locate
 from ckptgrow.plan import Output, Plan
 from ckptgrow.policy import boxes
 from ckptgrow.proof import prove
@@ -345,6 +345,8 @@ def test_shared_experts_alone(tmp_path: Path) -> None:
         ("qwen2_moe", "0", "one config key .moe_intermediate_size. says the width of all experts"),
         ("qwen2_moe", "0,7", "there are 2 experts"),
         ("qwen2_moe", "most", "give all, shared, or numbers"),
+        ("qwen2_moe", "", "give all, shared, or numbers"),
+        ("qwen2_moe", "1-0", "1-0 runs backwards"),
         ("jetmoe", "1", "one config key"),
         ("mixtral", "shared", "intermediate_size says the width of the routed experts too"),
         ("llama", "shared", "has no experts"),
@@ -401,8 +403,9 @@ def test_towers_that_are_not_there() -> None:
     infos, said = infos_of("llama4"), config_of("llama4")
     with pytest.raises(FamilyError, match=r"vision tower .* cannot be grown: the adapter behind it"):
         locate(said, infos, "vision")
-    with pytest.raises(RequestError, match=r"--tower audio: 'llama4' has main"):
-        locate(said, infos, "audio")
+    for tower in ("audio", ""):
+        with pytest.raises(RequestError, match=r"--tower .*: 'llama4' has main"):
+            locate(said, infos, tower)
 
 
 # ---------------------------------------------------------------- names that the Hub uses
@@ -512,11 +515,16 @@ def test_a_flat_stack_needs_the_number_of_experts() -> None:
     ("name", "told"),
     [
         ("qweight", "GPTQ or AWQ"),
+        ("qzeros", "GPTQ or AWQ"),
         ("weight.absmax", "bitsandbytes"),
+        ("weight.quant_map", "bitsandbytes"),
         ("SCB", "bitsandbytes int8"),
         ("weight_packed", "compressed-tensors"),
+        ("weight_shape", "compressed-tensors"),
         ("weight_scale_2", "NVFP4"),
+        ("weight_global_scale", "NVFP4"),
         ("weight_scale", "one scale a tensor"),
+        ("W_q", "HQQ"),
     ],
 )
 def test_quantised_layers_are_refused_by_name(name: str, told: str) -> None:
@@ -528,6 +536,31 @@ def test_quantised_layers_are_refused_by_name(name: str, told: str) -> None:
         locate(config_of("llama"), infos)
     assert caught.value.tensor == module + name
     assert "quantise the result" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj_blocks", "down_proj_blocks"])
+def test_mxfp4_is_refused_by_name(name: str) -> None:
+    """gpt_oss as it is on the Hub: blocks and scales where the plain model has one tensor."""
+    infos = {n: i for n, i in infos_of("gpt_oss").items() if not n.endswith(name.removesuffix("_blocks"))}
+    for layer in range(2):
+        blocks = f"model.layers.{layer}.mlp.experts.{name}"
+        infos[blocks] = TensorInfo(blocks, "U8", (2, 8, 1, 16))
+    with pytest.raises(FamilyError, match="mxfp4") as caught:
+        locate(config_of("gpt_oss"), infos)
+    assert (caught.value.tensor or "").endswith(name)
+    assert "quantise the result" in str(caught.value)
+
+
+def test_shapes_that_fit_both_ways_are_refused() -> None:
+    """As wide as the hidden size, nothing says which axis is that of the units: Conv1D's or Linear's."""
+    templates = (linear(up="c_fc", down="c_proj"), linear(turned=True, up="c_fc", down="c_proj"))
+    either = Family("either", tuple(Site(template) for template in templates))
+    for width, turned in ((4, 0), (4, 1)):
+        infos = infos_of(replace(either, sites=either.sites[turned:][:1]), hidden=3, width=width)
+        assert locate(config_of(either, hidden=3, width=width), infos, family=either).width == 4
+    with pytest.raises(FamilyError, match="fit in both orientations") as caught:
+        locate(config_of(either, hidden=4), infos_of(either, hidden=4), family=either)
+    assert caught.value.tensor == "model.layers.0.mlp.c_proj.weight"
 
 
 def test_every_error_is_a_ckptgrow_error() -> None:

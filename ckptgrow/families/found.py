@@ -301,7 +301,9 @@ def _is_all(experts: str, routed: list[Mlp]) -> bool:
     for item in experts.split(","):
         first, _, last = item.strip().partition("-")
         if not first.isdecimal() or not (last or first).isdecimal():
-            raise RequestError(f"--experts {experts}: give all, shared, or numbers like 0,4-7")
+            raise RequestError(f"--experts {experts or repr(experts)}: give all, shared, or numbers like 0,4-7")
+        if int(last or first) < int(first):
+            raise RequestError(f"--experts {experts}: {item.strip()} runs backwards")
         if there and int(last or first) >= there:
             raise RequestError(f"--experts {experts}: there are {there} experts, numbered from 0")
         named |= set(range(int(first), int(last or first) + 1)) if there else set()

@@ -39,7 +39,7 @@ def locate(
     family = family or family_of(config)
     if tower == EVERY:
         return _all_towers(config, infos, family)
-    sites = _sites(config, family, tower or family.towers[0])
+    sites = _sites(config, family, family.towers[0] if tower is None else tower)
     storage = storage_of(config, sites)
     try:
         spots = _spots(family, sites, config, infos, storage)
@@ -60,7 +60,7 @@ def _sites(config: Mapping[str, Any], family: Family, tower: str) -> tuple[Site,
         if name == tower:
             raise FamilyError(f"the {tower} tower of model_type {family.model_type!r} cannot be grown: {why}")
     if tower not in family.towers:
-        raise RequestError(f"--tower {tower}: {family.model_type!r} has {', '.join(family.towers)}")
+        raise RequestError(f"--tower {tower or repr(tower)}: {family.model_type!r} has {', '.join(family.towers)}")
     sites = [site for site in family.sites if site.tower == tower]
     for i, site in enumerate(sites):
         if value_at(config, site.scope or "model_type") is None and site.width in config:

@@ -58,17 +58,17 @@ def propose(config: Mapping[str, Any], infos: Infos) -> tuple[Family, tuple[str,
             f"no two tensors pair up around the hidden size {hidden}: no MLP was recognised",
             hint="Write a declaration by hand; the README shows one.",
         )
-    known = {stem: one for stem, one in best.items() if _named(one, keys)} or best
+    trusted = {stem: one for stem, one in best.items() if _named(one, keys)} or best
     sites, notes = [], [f"hidden size {hidden}"]
     for stem, one in best.items():
         site, said = _site(stem, one, keys)
-        if stem in known:
+        if stem in trusted:
             sites.append(site)
         else:  # beside MLPs that the config knows, more likely something else
             said = f"left out, since {said}"
         notes.append(f"{one.block}: width {one.width:,}, {said}")
-    declared = {name for (stem, _), names in blocks.items() if stem in known for name in names}
-    notes += [note for one in known.values() for note in _beside(one, declared, infos)]
+    declared = {name for (stem, _), names in blocks.items() if stem in trusted for name in names}
+    notes += [note for one in trusted.values() for note in _beside(one, declared, infos)]
     return Family(model_type, tuple(sites)), tuple(notes)
 
 
