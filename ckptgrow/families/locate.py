@@ -189,6 +189,8 @@ def _spot(
             refusals.append(error)
     if not fitting:
         raise refusals[0]
+    if len(fitting) > 1:  # of the two ways round, the one of the hidden size that the config says
+        fitting = [m for m in fitting if value_at(config, m.site.under(m.site.hidden)) == m.hidden] or fitting
     if len(fitting) > 1:
         raise FamilyError("its shapes fit in both orientations: which axis has the units?", tensor=fitting[0].down)
     start, stop = match.span("layer") if "{layer}" in fitting[0].site.stem else (0, 0)
