@@ -25,8 +25,9 @@ from torch import nn
 
 import ckptgrow
 from ckptgrow.checkpoint import open_checkpoint
-from ckptgrow.families import FAMILIES, locate, value_at
-from ckptgrow.probe import ACTIVATIONS
+from ckptgrow.families import FAMILIES, Family, Site, in_memory_name, linear, locate, value_at
+from ckptgrow.probe import ACTIVATIONS, activation_name, forward
+from ckptgrow.progress import uncounted
 
 pytestmark = [pytest.mark.transformers, pytest.mark.filterwarnings("ignore")]  # what transformers says of its own
 
@@ -199,6 +200,61 @@ def test_a_family_grows_under_its_names_in_memory(name: str, tmp_path: Path) -> 
     """As transformers saves it when told not to go back to the Hub's names: experts in stacks, and others."""
     base = build(CASES[name], tmp_path / "base", save_original_format=False)
     assert_grows(CASES[name], base, "main")
+
+
+# Towers whose MLPs are no module of their own here: parts of a layer, stacks of experts, other names on disk. And those
+# of which the probe leaves something out: gemma3n's cutoff, bitnet's epsilon, xIELU's scalars, adapters.
+APART = {
+    *("albert", "apertus", "bart", "beit", "bert", "biogpt", "bitnet", "blenderbot", "camembert", "dbrx", "deberta"),
+    *("deberta-v2", "deepseek_v4", "deit", "dinov3_vit", "electra", "esm", "flex_olmo", "fuyu", "gemma3/vision"),
+    *("gemma4/vision",),
+    *("gemma3n_text", "gpt_oss", "granitemoe", "granitemoeshared", "gte", "internvl/vision", "jetmoe", "kimi_linear"),
+    *("layoutlmv3", "llava/vision", "llava_next/vision", "m2m_100", "marian", "mbart", "minimax", "minimax_m2"),
+    *("mistral3/vision", "mixtral", "mllama/vision", "mpnet", "nomic_bert", "olmoe", "opt", "paligemma/vision"),
+    *("pegasus", "phi4_multimodal/audio", "phimoe", "qwen3_vl_moe", "roberta", "rwkv", "swin", "vit", "whisper"),
+    *("xglm", "xlm-roberta", "xlnet", "zamba2"),
+}
+
+
+@pytest.mark.parametrize(("name", "tower"), TOWERS)
+def test_an_mlp_computes_what_its_declaration_says(name: str, tower: str, tmp_path: Path) -> None:
+    """Which half is the gate, which activation, which axis: by its declaration an MLP answers as its module does."""
+    base = build(CASES[name], tmp_path / "base")
+    model, opened = load(CASES[name], base), open_checkpoint(base)
+    found = locate(opened.config, opened.infos, tower)
+    weights = {n: t for file in base.glob("*.safetensors") for n, t in load_file(file).items()}
+    compared = 0
+    for mlp in (mlp for mlp in found.mlps if mlp.down and not mlp.site.open and mlp.experts == 1):
+        modules = dict(model.named_modules())
+        module = modules.get(mlp.block) or modules.get(in_memory_name(found.family, mlp.block))
+        activation = ACTIVATIONS.get(activation_name(opened.config, mlp))
+        if module is None or activation is None or module_is_apart(name, tower):
+            continue
+        given = torch.randn(1, 5, mlp.hidden, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            answer = module(given)
+        answer = answer[0] if isinstance(answer, tuple) else answer
+        bias = weights.get(f"{mlp.down.removesuffix('.weight')}.bias", 0.0)
+        own = forward(opened, mlp, activation, given[0], uncounted) + bias
+        assert apart(answer[0], own) <= EPSILON, mlp.block
+        compared += 1
+    assert (compared == 0) == module_is_apart(name, tower)
+
+
+def test_a_gate_declared_as_up_is_seen(tmp_path: Path) -> None:
+    """The same with the halves of phi3's fused projection the other way round."""
+    base = build(CASES["phi3"], tmp_path / "base")
+    model, opened = load(CASES["phi3"], base), open_checkpoint(base)
+    wrong = Family("phi3", (Site(linear(up_gate="gate_up_proj", down="down_proj")),))
+    mlp = locate(opened.config, opened.infos, family=wrong).mlps[0]
+    given = torch.randn(1, 5, mlp.hidden, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        answer = model.get_submodule(mlp.block)(given)
+    assert apart(answer[0], forward(opened, mlp, ACTIVATIONS["silu"], given[0], uncounted)) > EPSILON
+
+
+def module_is_apart(name: str, tower: str) -> bool:
+    return (name if tower == "main" else f"{name}/{tower}") in APART
 
 
 def test_stacks_the_other_way_round(tmp_path: Path) -> None:
