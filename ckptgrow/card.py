@@ -9,6 +9,7 @@ from pathlib import Path
 from ckptgrow.layers import named
 from ckptgrow.manifest import Manifest
 from ckptgrow.policy import POLICIES
+from ckptgrow.stacks import in_stacks
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # One entry of the front matter with its continuation lines.
@@ -127,6 +128,13 @@ def _train(manifest: Manifest) -> Iterator[str]:
     yield from SNIPPET.strip().splitlines()
     yield "```"
     yield ""
+    if in_stacks(manifest):
+        yield (
+            "transformers 5 holds the experts in stacks, so there this code stops at its check:"
+            ' `ckptgrow.training.freeze(model, folder, how="mask")`, and `guard(optimizer)` of what that returns, find'
+            " the boxes in the stacks."
+        )
+        yield ""
     yield (
         "Keep the weight decay at 0 and start with a fresh optimizer: decay and old momentum move weights whose"
         " gradient is zero. Train in float32, since bfloat16 rounds small steps away; saved in the dtype it came in,"

@@ -141,9 +141,15 @@ def _spliced(output: Output, past: Past, source: str) -> Output:
 
 
 def architecture_of(manifest: Manifest) -> Architecture:
-    """All MLPs of the base that a manifest describes: growing changes neither names nor layout."""
-    base = described(manifest.base)
-    return locate(base.config, base.infos, EVERY, recalled(manifest.family, manifest.declaration))
+    """All MLPs of the base that a manifest describes: growing changes neither names nor layout.
+
+    Raises FormatError where it does not say enough.
+    """
+    try:
+        base = described(manifest.base)
+        return locate(base.config, base.infos, EVERY, recalled(manifest.family, manifest.declaration))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"not a ckptgrow manifest ({error!r})", file=MANIFEST) from None
 
 
 def described(base: Base) -> Checkpoint:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from ckptgrow.errors import FormatError, FreezeError
 from ckptgrow.families import Architecture, Slot, in_memory_name
 from ckptgrow.families.spelling import Place, Twin, twins
-from ckptgrow.lineage import architecture_of
+from ckptgrow.lineage import architecture_of, described
 from ckptgrow.manifest import Manifest, Trainable, along
 from ckptgrow.plan import joined
 from ckptgrow.policy import Box, across
@@ -99,6 +99,11 @@ def held_by(manifest: Manifest, infos: Mapping[str, TensorInfo]) -> Held:
         places[tensor.name] = twin.other.name, tuple((one, *box[1:]) for box in boxes)
     apart = [tensor for tensor in manifest.trainable if tensor.name not in twin_of]
     return Held(tuple(shapes), frozenset(twin_of), places, (*apart, *held.values()))
+
+
+def in_stacks(manifest: Manifest) -> bool:
+    """Whether transformers 5 holds experts of this growth in stacks that have tensors of their own on disk."""
+    return bool(_stacks(architecture_of(manifest), described(manifest.base).infos)[0])
 
 
 def _stacks(architecture: Architecture, infos: Mapping[str, TensorInfo]) -> tuple[dict[str, Shape], dict[str, Twin]]:

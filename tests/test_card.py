@@ -143,6 +143,14 @@ def test_card_says_what_was_done(base: Path, tmp_path: Path) -> None:
     assert SNIPPET.strip() in text
 
 
+@pytest.mark.parametrize(("model_type", "told"), [("mixtral", True), ("llama", False)])
+def test_the_card_of_a_mixture_says_what_its_code_cannot(tmp_path: Path, model_type: str, told: bool) -> None:
+    """transformers 5 has no parameters of those names."""
+    checkpoints.make(tmp_path / "base", model_type)
+    ckptgrow.expand(tmp_path / "base", tmp_path / "grown")
+    assert ('how="mask"' in (tmp_path / "grown" / "README.md").read_text()) == told
+
+
 def test_the_bases_card_is_not_copied(base: Path, tmp_path: Path) -> None:
     """What the base's card claims of itself is not claimed of the grown one."""
     (base / CARD).write_text("---\nlicense: mit\n---\n# Base\nIt scores 99 points.\n")

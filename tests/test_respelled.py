@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -246,6 +247,11 @@ def test_what_nothing_trained_is_known_by_its_bytes(tmp_path: Path) -> None:
     seen = audit(grown, trained)
     assert (seen.exit_code, seen.findings) == (0, ())
     assert "tensors have other names" in " ".join(seen.notes)
+    shutil.copytree(trained, tmp_path / "decayed")
+    checkpoints.edit(tmp_path / "decayed", trainings.frozen(grown, lambda tensor: tensor * 0.9))
+    audit(grown, tmp_path / "decayed", repair=tmp_path / "fixed")
+    assert checkpoints.load(tmp_path / "fixed").keys() == checkpoints.load(trained).keys()
+    assert audit(grown, tmp_path / "fixed").exit_code == 0
     checkpoints.edit(trained, halved("layers.0.attention.query"))
     seen = audit(grown, trained)
     assert seen.exit_code == 2
