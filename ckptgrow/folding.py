@@ -20,9 +20,9 @@ from ckptgrow.config import edited, set_value, without
 from ckptgrow.configs import width_keys
 from ckptgrow.errors import CkptgrowError
 from ckptgrow.families import Architecture, Group, Mlp, Slot, scoped
+from ckptgrow.joining import DEAD, SPREAD, Merges
 from ckptgrow.manifest import CONFIG_KEY, Manifest, load_manifest, previous
 from ckptgrow.plan import Edit, Output, Part, Plan, Term, Units, unchanged
-from ckptgrow.redundancy import DEAD, Merges
 from ckptgrow.tensors import TensorInfo
 from ckptgrow.units import Units as Indices
 
@@ -173,8 +173,10 @@ def recipes(merges: Merges) -> Recipes:
     """For each unit that stays what its column of down, its row of up, and its other rows are made of."""
     added: dict[tuple[bool, int], list[tuple[int, float]]] = defaultdict(list)
     for unit in merges.go.tolist():
-        if merges.into[unit] != DEAD:
-            added[bool(merges.through_up[unit]), int(merges.into[unit])].append((unit, float(merges.scale[unit])))
+        into, way = int(merges.into[unit]), bool(merges.through_up[unit])
+        once = ((into, float(merges.scale[unit])),) if into != DEAD else ()
+        for target, factor in merges.spread[unit] if into == SPREAD else once:
+            added[way, target].append((unit, factor))
     stay = merges.stay.tolist()
     down, up = ([((unit, WHOLE), *added[way, unit]) for unit in stay] for way in (False, True))
     return {"down": down, "up": up, "gate": [((unit, WHOLE),) for unit in stay]}

@@ -25,9 +25,10 @@ from ckptgrow.equivalence import Progress
 from ckptgrow.errors import RequestError
 from ckptgrow.families import Architecture, Mlp
 from ckptgrow.folding import Recipe, Recipes
+from ckptgrow.joining import Lane
 from ckptgrow.numeric import Floats
 from ckptgrow.probe import ACTIVATIONS, activated, activation_name, answers, forward
-from ckptgrow.redundancy import Lane, lanes_in
+from ckptgrow.redundancy import lanes_in
 from ckptgrow.results import Off
 from ckptgrow.units import Units, alike, stretches
 

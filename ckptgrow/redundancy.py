@@ -1,17 +1,7 @@
 """Which units of an MLP can go without changing the function, read from the weights alone (METHOD.md 5).
 
 A unit is folded away by adding its column of down, or its row of up, times an exact factor to those of a unit that
-stays; or by dropping it where it is dead. What may be added to what:
-
-1. gate, up and their biases equal to the bit: the columns of down are added.
-2. gate equal, columns of down parallel: the rows of up (and its biases) are added, each times its factor.
-3. gate equal, rows of up (and biases) parallel: the columns of down are added, each times its factor.
-4. a column of down, or a row of up and its bias, of zeros: dead.
-
-Cases 2 and 3 are tried in both orders, and the one that leaves fewer units is taken. A factor counts only where it is
-exact and short enough for float64 to hold each product, so all that rounds is the one sum that is written. Without a
-gate the activation stands between up and down: then only case 1 and a zero column remain. Units with an infinite or
-NaN weight always stay.
+stays; or by dropping it where it is dead (joining.py). Units with an infinite or NaN weight always stay.
 
 An expert is an MLP of its own, whatever tensors it shares. Where scales stand for blocks of units a block is taken as
 one unit, and only case 1 and a zero column remain; the payload of down counts as a row, its scales are what is added.
@@ -26,55 +16,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ckptgrow.checkpoint import Bits, Checkpoint
+from ckptgrow.checkpoint import Checkpoint
 from ckptgrow.families import Mlp
-from ckptgrow.numeric import FLOATS, Floats, decode, encode
-from ckptgrow.units import Units, alike, largest_magnitudes, projections, stretches
+from ckptgrow.joining import DEAD, SPREAD, Lane, Mask, Merges, Parallel, Spanned, equal_ones
+from ckptgrow.numeric import Floats
+from ckptgrow.units import Units, alike, projections, stretches
 
-Mask = NDArray[np.bool_]
-DEAD = -1
 NEIGHBOURS = 8  # with which each unit is compared where rows need not be equal
-MOST_ROUNDS = 8  # how many unlike directions are looked for among units with one gate
-
-
-@dataclass(frozen=True, slots=True)
-class Lane:
-    """One projection (or its bias) of an MLP: [outer, units, inner] bits of that dtype."""
-
-    role: str
-    bits: Bits
-    dtype: str
-
-    def values(self, units: Units) -> Floats:
-        """These units' weights, [units, elements]."""
-        picked = np.ascontiguousarray(self.bits[:, units].transpose(1, 0, 2))
-        return decode(picked, self.dtype).reshape(len(units), -1)
-
-    def largest(self) -> tuple[Mask, Mask]:
-        """(zero, finite): whether all weights of a unit are zero, whether none is infinite or NaN."""
-        found = largest_magnitudes(self.bits)
-        limit = encode(np.array([FLOATS[self.dtype].largest]), self.dtype)[0]
-        return found == 0, found <= np.left_shift(limit, self.bits.dtype.type(1))
-
-
-@dataclass(frozen=True, slots=True)
-class Merges:
-    """Where each unit goes: `into` names the unit it is added to (itself: it stays, DEAD: it is dropped), `scale` the
-    factor, `through_up` whether the rows of up are added and not the columns of down."""
-
-    into: Units
-    scale: Floats
-    through_up: Mask
-
-    @property
-    def stay(self) -> Units:
-        return np.flatnonzero(self.into == np.arange(len(self.into)))
-
-    @property
-    def go(self) -> Units:
-        return np.flatnonzero(self.into != np.arange(len(self.into)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +46,7 @@ class Redundancy:
     gated: bool
     classes: Units | None = None  # of which equally many must stay in proportion, where statistics are taken
     apart: float = 0.0  # how far rows that count as equal are from each other
+    long: frozenset[int] = frozenset()  # units that are combinations of others, by factors that are too long
 
     @property
     def grain(self) -> int:
@@ -161,7 +111,7 @@ class Redundancy:
         if not self.mlp.down:  # a spare expert: then every unit must be one that stays
             return bool(np.isin(self.rows, self.rows[merges.stay]).all())
         dropped, added = merges.into == DEAD, merges.go[merges.into[merges.go] != DEAD]
-        plain = (merges.scale[added] == 1.0) & ~merges.through_up[added]
+        plain = (merges.scale[added] == 1.0) & ~merges.through_up[added] & (merges.into[added] != SPREAD)
         plain &= self.rows[added] == self.rows[merges.into[added]]
         return bool(plain.all() and self.weightless[dropped].all())
 
@@ -175,11 +125,16 @@ class Redundancy:
         stay = stay[self.partners[stay] >= 0]
         theirs = self.partners[stay]
         broken, apart = ~self.finite[stay], self.gates[stay] != self.gates[theirs]
+        too_long = np.isin(stay, [*self.long])
         what = "gate" if self.gated else "rows of a block of" if self.grain > 1 else "up"
         for reason, hit in (
             ("weights are infinite or NaN", broken),
             (f"{what} rows differ", ~broken & apart),
-            ("gate rows are equal, but neither their up rows nor their down columns are parallel", ~broken & ~apart),
+            (
+                "gate rows are equal, but neither their up rows nor their down columns are parallel",
+                ~broken & ~apart & ~too_long,
+            ),
+            ("they are combinations of others, but by factors too long for an exact sum", ~broken & ~apart & too_long),
         ):
             if hit.any():
                 yield reason, (stay[hit][:, None] * self.grain + np.arange(self.grain)).reshape(-1)
@@ -226,16 +181,19 @@ def find(
     rows, apart, hinted = alike([lane.bits for lane in above]), 0.0, _blocks_of(partners, mlp.grain)
     if atol:
         rows, apart = _near(above, rows, hinted, atol)
-    equal, gates = _equal(rows, dead & finite, finite), rows
-    full = equal
+    equal, gates = equal_ones(rows, dead & finite, finite), rows
+    full, long = equal, frozenset[int]()
     if linear:
         gates = alike([lane.bits for lane in above if lane.role == "gate"])
         down = next(lane for lane in every if lane.role == "down")
-        full = min(_Parallel(linear, down, gates, finite, dead).merges(equal), equal, key=lambda m: len(m.stay))
+        full = min(Parallel(linear, down, gates, finite, dead).merges(equal), equal, key=lambda m: len(m.stay))
+        full, long = Spanned(linear, down, gates, finite & ~dead).merges(equal, full)
     for name in mlp.tensors:
         progress(checkpoint.infos[name].nbytes // mlp.experts)
     classes = rows if normed or (statistics and atol) else gates if statistics else None
-    return Redundancy(mlp, expert, equal, full, rows, gates, finite, weightless, hinted, bool(linear), classes, apart)
+    return Redundancy(
+        mlp, expert, equal, full, rows, gates, finite, weightless, hinted, bool(linear), classes, apart, long
+    )
 
 
 def _zero(told: list[tuple[Lane, Mask, Mask]], role: str) -> Iterator[Mask]:
@@ -278,88 +236,3 @@ def _differences(lanes: list[Lane], ones: Units, others: Units) -> Floats:
             off = np.abs(lane.values(ones[some]) - lane.values(others[some])).max(axis=1)
             apart[some] = np.fmax(apart[some], np.where(np.isnan(off), np.inf, off))
     return apart
-
-
-def _equal(rows: Units, dead: Mask, finite: Mask) -> Merges:
-    """Case 1 and case 4: equal units go into the first of them, dead ones nowhere."""
-    kept = np.arange(len(rows))
-    into = np.where(finite & finite[rows], rows, kept)
-    alive = np.zeros(len(rows), bool)
-    alive[into[~dead]] = True  # a unit with a zero column stays where it has to take those of its equals
-    into = np.where(dead & ~((into == kept) & alive), DEAD, into)
-    return Merges(into, np.ones(len(rows)), np.zeros(len(rows), bool))
-
-
-@dataclass(frozen=True, slots=True)
-class _Parallel:
-    """Cases 2 and 3 for the units of one gated MLP."""
-
-    up: list[Lane]
-    down: Lane
-    gates: Units
-    finite: Mask
-    dead: Mask
-
-    def merges(self, equal: Merges) -> Merges:
-        """The merges that leave the fewest units for each gate."""
-        members = np.flatnonzero(self.finite & ~self.dead)
-        if len(np.unique(self.gates[members])) == len(np.unique(equal.into[members])):
-            return equal  # one unit stays for each gate as it is
-        by_up, by_down = self._solved(members, through_up=False), self._solved(members, through_up=True)
-        fewer = np.zeros(len(self.gates), np.int64)
-        np.add.at(fewer, self.gates[by_up.stay], 1)
-        np.subtract.at(fewer, self.gates[by_down.stay], 1)
-        better = (fewer > 0)[self.gates]
-        into = np.where(better, by_down.into, by_up.into)
-        scale = np.where(better, by_down.scale, by_up.scale)
-        return Merges(into, scale, np.where(better, by_down.through_up, by_up.through_up))
-
-    def _solved(self, members: Units, *, through_up: bool) -> Merges:
-        """One way of adding first, then the other way among the units that it left alone."""
-        kept = np.arange(len(self.gates))
-        into = np.where(self.finite & self.dead, DEAD, kept)
-        scale, raised = np.ones(len(kept)), np.zeros(len(kept), bool)
-        for up in (through_up, not through_up):
-            targets, factors = self._directions([self.down] if up else self.up, members)
-            into[members], scale[members], raised[members] = targets, factors, up & (targets != members)
-            members = members[np.bincount(targets, minlength=len(kept))[members] == 1]
-        return Merges(into, scale, raised)
-
-    def _directions(self, lanes: list[Lane], members: Units) -> tuple[Units, Floats]:
-        """For each member the first with the same gate to which it is parallel in these lanes, and the factor."""
-        pairs = np.stack([self.gates[members], alike([lane.bits for lane in lanes])[members]], axis=1)
-        _, first, classes = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
-        representatives = first[classes.reshape(-1)]
-        target, factor = np.arange(len(members)), np.ones(len(members))
-        waiting = np.flatnonzero(representatives == target)
-        for _ in range(MOST_ROUNDS):
-            _, heads, owners = np.unique(self.gates[members[waiting]], return_index=True, return_inverse=True)
-            pivots = waiting[heads][owners.reshape(-1)]
-            ones, others = pivots[pivots != waiting], waiting[pivots != waiting]
-            if not len(others):
-                break
-            ratios = _ratios([*self.up, self.down], lanes, members[ones], members[others])
-            hit = ratios != 0
-            target[others[hit]], factor[others[hit]] = ones[hit], ratios[hit]
-            waiting = others[~hit]
-        return members[target[representatives]], factor[representatives]
-
-
-def _ratios(every: list[Lane], lanes: list[Lane], ones: Units, others: Units) -> Floats:
-    """The exact c with other = c·one in all these lanes, for each pair of units; 0 where there is none."""
-    longest = max(FLOATS[lane.dtype].mantissa + 1 for lane in every)
-    found = np.zeros(len(ones))
-    for some in stretches(lanes[0].bits, np.arange(len(ones))):
-        one, other = (np.concatenate([lane.values(u[some]) for lane in lanes], axis=1) for u in (ones, others))
-        at = np.abs(one).argmax(axis=1)[:, None]
-        ratio = (np.take_along_axis(other, at, 1) / np.take_along_axis(one, at, 1))[:, 0]  # no unit here is all zeros
-        exact = _short(ratio, 53 - longest) & (one * ratio[:, None] == other).all(axis=1)
-        found[some] = np.where(exact, ratio, 0.0)
-    return found
-
-
-def _short(factors: Floats, bits: int) -> Mask:
-    """Which factors have so few bits that float64 holds their product with any weight."""
-    mantissa = np.abs(np.frexp(factors)[0]) * 2.0**bits
-    held: Mask = (np.abs(factors) == 1) | ((mantissa == np.floor(mantissa)) & (factors != 0) & (bits > 0))
-    return held

@@ -177,6 +177,7 @@ class FoldedBlock:
     to: int | None
     equal: int
     parallel: int
+    combined: int  # spread over several that stay
     dead: int
     new: int | None
     left: tuple[Left, ...]

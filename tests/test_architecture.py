@@ -46,6 +46,8 @@ ORDER = [
     "identity",
     "manifest",
     "sums",
+    "combining",
+    "joining",
     "redundancy",
     "folding",
     "narrowing",
@@ -145,7 +147,7 @@ HARMLESS |= {"fractions", "re", "typing", "ckptgrow"}
 
 # What makes the result: the verifier must not call what it checks.
 MAKERS = {"plan", "policy", "surgery", "layout", "proof", "staging", "execute", "operations"}
-MAKERS |= {"sums", "redundancy", "folding", "narrowing", "lossy"}
+MAKERS |= {"sums", "combining", "joining", "redundancy", "folding", "narrowing", "lossy"}
 
 
 def imports(source: str, everywhere: bool = True) -> Iterator[str]:

@@ -21,13 +21,14 @@ from ckptgrow.execute import write_shards
 from ckptgrow.families import EVERY, Architecture, Family, locate, recast_like
 from ckptgrow.folding import FLOAT32, TRAINED, Hints, hints_of
 from ckptgrow.hub import Origin, fetch
+from ckptgrow.joining import DEAD, SPREAD
 from ckptgrow.layout import INDEX, Layout, lay
 from ckptgrow.manifest import CONFIG_KEY, Manifest
 from ckptgrow.narrowing import Asked, Target, in_play, targets
 from ckptgrow.operations.declaring import declaration
 from ckptgrow.plan import Plan
 from ckptgrow.progress import Meter, Progress, silent
-from ckptgrow.redundancy import DEAD, Redundancy, find
+from ckptgrow.redundancy import Redundancy, find
 from ckptgrow.regrouped import regrouped
 from ckptgrow.results import FoldedBlock, FoldedGroup, Folding, Left, Off
 from ckptgrow.staging import Staging, check_apart, check_space, check_target
@@ -224,8 +225,8 @@ def _group(aim: Target) -> FoldedGroup:
 
 def _block(one: Redundancy, aim: Target) -> FoldedBlock:
     going, whole, mlp = one.full.go, one.full, one.mlp
-    dead = int((whole.into == DEAD).sum())
-    added = going[whole.into[going] != DEAD]
+    dead, spread = (int((whole.into == kind).sum()) for kind in (DEAD, SPREAD))
+    added = going[whole.into[going] >= 0]
     equal = int((one.rows[added] == one.rows[whole.into[added]]).sum())
     base = aim.base[mlp.block] if aim.base else None
     left = (Left(len(units), why, tuple(units[:NAMED].tolist())) for why, units in one.tied_up())
@@ -238,6 +239,7 @@ def _block(one: Redundancy, aim: Target) -> FoldedBlock:
         to=aim.widths[mlp.block] if aim.widths else None,
         equal=equal * mlp.grain,
         parallel=(len(added) - equal) * mlp.grain,
+        combined=spread,
         dead=dead * mlp.grain,
         new=None if base is None else mlp.width - base,
         left=tuple(left),

@@ -56,7 +56,7 @@ def _named(block: FoldedBlock) -> tuple[str, str]:
 
 
 def _width(block: FoldedBlock, what: Folding) -> str:
-    kinds = [(block.equal, "equal"), (block.parallel, "parallel"), (block.dead, "dead")]
+    kinds = [(block.equal, "equal"), (block.parallel, "parallel"), (block.combined, "combined"), (block.dead, "dead")]
     told = ", ".join(f"{count:,} {kind}" for count, kind in kinds if count) or "none"
     if not what.folds:
         return f"{block.width:,} units, {block.smallest:,} at least ({told})"
