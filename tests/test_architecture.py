@@ -53,6 +53,7 @@ ORDER = [
     "narrowing",
     "trained",
     "matching",
+    "unwrapped",
     "recognition",
     "respelled",
     "lineage",

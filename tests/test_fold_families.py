@@ -23,10 +23,12 @@ from test_fold import files, grow, run, same_outputs
 from test_native import llama
 
 import ckptgrow
+from ckptgrow import folding
 from ckptgrow.checkpoint import open_checkpoint
 from ckptgrow.errors import FamilyError, PlanError, RequestError
 from ckptgrow.families import Architecture, Mlp, locate
 from ckptgrow.plan import Output, Part, Plan, Term
+from ckptgrow.regrouped import regrouped
 
 STACKS = ["dbrx", "gpt_oss", "jetmoe", "gemma4"]
 
@@ -195,6 +197,61 @@ def test_experts_of_one_stack_fold_by_themselves(model_type: str, tmp_path: Path
     assert same_outputs(base, tmp_path / "out", 1e-6)
     slices = {part.slices for o in planned.plan.outputs if o.name in mlp.tensors for part in o.parts}
     assert (None in slices) == (model_type == "dbrx")  # whose experts lie along the axis of units
+
+
+# ---------------------------------------------------------------- the check of what was written
+
+
+def one_gate(folder: Path, family: str) -> Path:
+    """Pairs of units with one gate and one column, whose rows of up differ: each pair is one unit (case 2)."""
+    experts = [{"gate": [0, 0, 1, 1], "up": ([0, 1, 0, 1], [1.0] * 4), "down": ([0, 0, 1, 1], [1.0] * 4)}] * 4
+    return built(folder, {"units": 4, "experts": experts, "family": family, "dtype": "F32"})
+
+
+@pytest.mark.parametrize("model_type", [*STACKS, "mixtral", "qwen2_moe"])
+def test_a_fold_through_up_is_checked(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every layout: right it passes, and with one expert's sums forgotten nothing is written."""
+    trained, honest = one_gate(tmp_path / "trained", model_type), folding._placed
+    done = ckptgrow.fold(trained, tmp_path / "out")
+    assert (done.exit_code, [answer.name for answer in done.answers]) == (0, ["untouched", "regrouped"])
+    assert {block.to for block in done.blocks} == {2}
+    assert same_outputs(trained, tmp_path / "out")
+    monkeypatch.setattr(folding, "_placed", lambda *told: [recipe[:1] for recipe in honest(*told)])
+    with pytest.raises(PlanError, match=r"(one gate leads|2 gates lead) to something else"):
+        ckptgrow.fold(trained, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("model_type", [*STACKS, "bitnet", "gpt2", "nllb-moe", "zamba2"])
+def test_a_fold_through_down_is_checked(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first expert's places taken from their neighbours: found in the bytes."""
+    grown, honest = grow(checkpoints.make(tmp_path / "base", model_type), tmp_path / "grown"), folding._placed
+
+    def shifted(mlp: Mlp, slot: Any, lane: int, recipes: Any) -> Any:
+        placed = honest(mlp, slot, lane, recipes)
+        return placed[1:] + placed[:1] if slot.shared else placed
+
+    monkeypatch.setattr(folding, "_placed", shifted)
+    with pytest.raises(PlanError, match="what was written is not the same function"):
+        ckptgrow.fold(grown, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_gates_that_no_longer_come_equally_often_are_seen(tmp_path: Path) -> None:
+    """gemma3n after `up` training folds gate by gate; the check asks how often each gate comes, and can say no."""
+    base = checkpoints.make(tmp_path / "base", "gemma3n_text")
+    grown = grow(base, tmp_path / "grown", policy="up")
+    up = "model.layers.0.mlp.up_proj.weight"
+    checkpoints.edit(grown, lambda tensors: tensors[up][12:].mul_(0.5).add_(1.0))
+    done = ckptgrow.fold(grown, tmp_path / "out")
+    assert [answer.name for answer in done.answers] == ["untouched", "regrouped"]
+    checkpoints.edit_config(base, model_type="llama")
+    for folder in (base, grow(base, tmp_path / "wide", width=18)):
+        checkpoints.edit_config(folder, model_type="gemma3n_text")
+    one, other = open_checkpoint(base), open_checkpoint(tmp_path / "wide")
+    answer = regrouped(one, other, locate(one.config, one.infos), lambda _: None, rounded=False)
+    assert (answer.verdict, answer.findings[0].tensor) == ("no", "model.layers.0.mlp")
+    assert "some come more often than before" in answer.findings[0].problem
 
 
 # ---------------------------------------------------------------- parts of some slices

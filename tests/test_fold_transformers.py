@@ -11,10 +11,12 @@ import pytest
 
 pytest.importorskip("transformers", reason="holds fold against real transformers, which is not installed")
 
-from test_families_transformers import CASES, TOWERS, build
-from test_fold import files
+import torch
+from test_families_transformers import CASES, EPSILON, TOWERS, apart, build, load
+from test_fold import files, run
 
 import ckptgrow
+from ckptgrow.training import freeze
 
 pytestmark = [pytest.mark.transformers, pytest.mark.filterwarnings("ignore")]  # what transformers says of its own
 
@@ -36,3 +38,61 @@ def test_a_family_folds(name: str, tower: str, tmp_path: Path) -> None:
     assert [answer.verdict for answer in done.answers] == ["yes", "yes"]
     expected, folded = files(base), files(tmp_path / "folded")
     assert [name for name in expected | folded if expected.get(name) != folded.get(name)] == []
+
+
+# ---------------------------------------------------------------- mixtures after real training
+
+
+def trained(name: str, policy: str, root: Path) -> Path:
+    """Some steps of Adam on a grown mixture under its mask, saved as transformers saves it."""
+    ckptgrow.expand(build(CASES[name], root / "base"), root / "grown", policy=policy, shares="even", verify=False)
+    model = load(CASES[name], root / "grown").train()
+    handle = freeze(model, root / "grown", how="mask")
+    optimizer = torch.optim.Adam(handle.trained().values(), lr=3e-3)
+    tokens = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(5))
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    handle.check(optimizer)
+    handle.remove()
+    model.save_pretrained(root / "trained")
+    return root / "trained"
+
+
+def logits(name: str, folder: Path) -> torch.Tensor:
+    model = load(CASES[name], folder)
+    tokens = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=tokens).logits
+    return found
+
+
+@pytest.mark.parametrize("policy", ["down", "up"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_a_trained_mixture_folds(name: str, policy: str, tmp_path: Path) -> None:
+    """Each expert by itself, to the base's width; in float32 it answers as the trained one does."""
+    folder = trained(name, policy, tmp_path)
+    done = ckptgrow.fold(folder, tmp_path / "folded")
+    assert (done.exit_code, {block.to for block in done.blocks}) == (0, {group.base_width for group in done.groups})
+    assert all(answer.verdict == "yes" for answer in done.answers)
+    before, after = logits(name, folder), logits(name, tmp_path / "folded")
+    assert apart(logits(name, tmp_path / "grown"), before) > 1e-3  # it has learned something
+    assert apart(before, after) <= EPSILON
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_a_mixture_trained_with_g_freeze_does_not_fold(name: str, tmp_path: Path) -> None:
+    """Exit 1, nothing written, and a line for each expert (neighbours that read the same are one)."""
+    folder = trained(name, "g-freeze", tmp_path)
+    said = run(folder, tmp_path / "folded", code=1)
+    assert "new units do not fold: gate rows differ" in said
+    assert said.endswith(f"{folder}: does not fold\n")
+    assert not (tmp_path / "folded").exists()
+    done = ckptgrow.plan_fold(folder, tmp_path / "folded")
+    told = {(block.layer, block.expert) for block in done.blocks if block.expert is not None}
+    assert told == {(layer, expert) for layer in ((0, 1) if name == "mixtral" else (1,)) for expert in range(4)}

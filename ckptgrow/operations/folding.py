@@ -13,7 +13,7 @@ from typing import Literal
 
 from ckptgrow import folding
 from ckptgrow.card import folded_card, licence
-from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, open_checkpoint
+from ckptgrow.checkpoint import CARD, CONFIG, MANIFEST, Checkpoint, open_checkpoint, open_weights
 from ckptgrow.config import set_value
 from ckptgrow.equivalence import Answer, not_the_same, proved, untouched
 from ckptgrow.errors import RequestError
@@ -33,6 +33,7 @@ from ckptgrow.regrouped import regrouped
 from ckptgrow.results import FoldedBlock, FoldedGroup, Folding, Left, Off
 from ckptgrow.staging import Staging, check_apart, check_space, check_target
 from ckptgrow.sums import Rounding, costs
+from ckptgrow.unwrapped import open_unwrapped
 from ckptgrow.version import __version__
 
 Source = str | Path
@@ -174,7 +175,7 @@ class _Job:
 def _prepare(origin: Origin, out: Path, wish: _Wish, report: Progress) -> _Job:
     """Everything but the writing: what is redundant, what that allows, and the Plan of it."""
     wish.check()
-    trained = open_checkpoint(origin.folder)
+    trained = open_unwrapped(origin.folder)
     whole = locate(trained.config, trained.infos, EVERY, wish.family)
     hints = hints_of(trained, whole)
     architecture = in_play(whole, hints, wish.asked)
@@ -263,7 +264,8 @@ def _planned(job: _Job, found: list[Redundancy], wish: _Wish, report: Progress) 
         again = replace(plan, outputs=tuple(output for output in plan.outputs if output.name in wide))
         rounding |= costs(again, {TRAINED: trained}, report)
     _check_size(rounding, plan)
-    layout = lay(plan, trained.headers, trained.infos, trained.index, TRAINED)
+    wrapped = trained.infos.keys() != open_weights(trained.folder).infos.keys()
+    layout = lay(plan, trained.headers, trained.infos, trained.index, None if wrapped else TRAINED)
     copied, _ = trained.companions()
     small = sum((trained.folder / file).stat().st_size for file in copied) + 2 * len(trained.config_text.encode())
     told = replace(
