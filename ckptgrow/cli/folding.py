@@ -40,8 +40,9 @@ def fold(
     Units with equal gate and up rows are one unit: their columns of down are added. Units with equal gate rows fold
     too where their up rows or their columns of down are parallel, or one of a few is an exact combination of the
     others, since a unit is linear in both. Experts fold one by one; all MLPs of one config key get one width, and of
-    units that a norm or a cutoff takes statistics over only whole copies go. What was trained with `down`, `up` (even shares) or `g-train` (even shares, two copies) folds. What was trained with `g-freeze` does
-    not: its gate rows moved, and two units with unequal gates are two different functions that no one unit can be.
+    units that a norm or a cutoff takes statistics over only whole copies go. What was trained with `down`, `up` (even
+    shares) or `g-train` (even shares, two copies) folds. What was trained with `g-freeze` does not: its gate rows
+    moved, and two units with unequal gates are two different functions that no one unit can be.
     --lossy makes the nearest narrow model instead, and says how far off each MLP is.
 
     Exit status: 0 written, 1 it does not fold to the width asked for (nothing is written), 2 could not tell.
