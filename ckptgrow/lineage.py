@@ -105,7 +105,7 @@ def check_growth(manifest: Manifest, file: str) -> None:
         raise RequestError(
             f"it is of a {manifest.operation}, which is made of skills and not of one base alone",
             file=file,
-            hint="Give the merged checkpoint itself, or the skills that it was made of.",
+            hint="Give the skills that it was made of, or to compare with, the merged checkpoint.",
         )
 
 

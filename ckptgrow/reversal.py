@@ -125,9 +125,10 @@ def gone(past: Past, lost: tuple[str, ...]) -> RequestError:
     columns = [part for output in past.plan.outputs if output.name in downs for part in output.parts]
     weights = ", ".join(f"{skill['weight']:g}" for skill in past.manifest.skills)
     why = f"the weights ({weights}) cancel its columns, so the merge left its units out"
-    if any(term.source == BASE for part in columns for term in part.terms):
+    if any(term.source == BASE for part in columns if not part.grown for term in part.terms):
         why = "the merge added up shares of its columns that are no halves, which cannot be undone"
-    told = f"{len(lost):,} tensors of the base are not in it: {why}"
+    how_many = f"{len(lost):,} tensors of the base are" if len(lost) > 1 else "1 tensor of the base is"
+    told = f"{how_many} not in it: {why}"
     return RequestError(told, tensor=lost[0], hint="Give --base BASE.")
 
 

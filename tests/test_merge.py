@@ -252,7 +252,7 @@ def test_revert_undoes_a_merge(tmp_path: Path, dtype: str, trained_on: bool) -> 
 def test_what_a_merge_lost_needs_the_base(base: Path, tmp_path: Path) -> None:
     """The half that cancelled, random shares, rounded multiples: each says so, and BASE is the way out."""
     a, b = skill(base, "a", 1), skill(base, "b", 2)
-    r = skill(base, "r", 3, shares="random")
+    r, up = skill(base, "r", 3, shares="random"), skill(base, "up", 4, policy="up", layers=(0,))
     for skills, options, said in (
         (
             (a, b),
@@ -260,9 +260,10 @@ def test_what_a_merge_lost_needs_the_base(base: Path, tmp_path: Path) -> None:
             "6 tensors of the base are not in it: the weights (1, 1) cancel its columns, so the merge left its",
         ),
         ((a, r), ("--weights", "0.5,0.5"), "2 tensors of the base are not in it: the merge added up shares of its"),
+        ((up,), ("--weights", "2"), "2 tensors of the base are not in it: the weights (2) cancel its columns"),
         ((a,), ("--weights", "0.3"), "2 tensors are not the base's any more: the merge rounded"),
     ):
-        out = tmp_path / f"{len(skills)}{len(options)}"
+        out = tmp_path / f"{len(skills)}{options}"
         assert run("merge", base, *skills, out, *options).exit_code == 0
         result = run("revert", out, tmp_path / "back")
         assert (result.exit_code, (tmp_path / "back").exists()) == (2, False)

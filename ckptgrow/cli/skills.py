@@ -68,8 +68,9 @@ def merge(
 ) -> None:
     """Write BASE with all SKILLS in it into the new folder OUT: each MLP is base + Σ λ·(skill - base).
 
-    SKILLS are what extract wrote, or grown checkpoints with their ckptgrow.json; all must have grown from BASE. The
-    base's half that cancels is left out, so two skills with λ = 1 are no wider than one.
+    SKILLS are what extract wrote, or grown checkpoints with their ckptgrow.json; all must have grown from BASE, in any
+    layers, towers and experts. The base's half that cancels is left out, so two skills with λ = 1 are no wider than
+    one.
 
     Exit status: 0 written, 2 could not.
     """
