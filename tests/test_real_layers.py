@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from test_fold import files
 from test_real_gemma import logits, two_threads
 from test_real_skills import TEXTS, learn, same_files
 from test_skills import alike
+from test_weighed import asked
 
 import ckptgrow
+from ckptgrow.checkpoint import open_checkpoint
 
 pytestmark = [pytest.mark.real, pytest.mark.transformers, pytest.mark.usefixtures("two_threads")]
 __all__ = ["two_threads"]
@@ -35,6 +38,16 @@ def with_manifest(trained: Path, grown: Path) -> Path:
         if file.is_file() and not (trained / file.name).exists() and ".safetensors" not in file.name:
             shutil.copy(file, trained)
     return trained
+
+
+def moved(folder: Path, name: str, element: int, by: int = 1) -> None:
+    """One bf16 weight of a checkpoint some units in the last place further, in its file."""
+    path, offset, _ = open_checkpoint(folder).span(name)
+    with path.open("r+b") as file:
+        file.seek(offset + 2 * element)
+        (bits,) = struct.unpack("<H", file.read(2))
+        file.seek(offset + 2 * element)
+        file.write(struct.pack("<H", bits + by))
 
 
 def test_filling_goes_and_what_trained_stays(real_gemma: Path, folder: Path) -> None:
@@ -88,6 +101,14 @@ def test_two_skills_on_different_layers(real_gemma: Path, folder: Path) -> None:
             largest = float((logits(folder / "folded", _float32()) - expected).abs().max())
             print(f"  folded, {dtype}: {done.rounding}, largest float32 logit difference {largest:.3g}")
             assert largest <= bound
+        names = [name for name in open_checkpoint(folder / "merged").infos if name.endswith("mlp.down_proj.weight")]
+        for name in (names[0], names[-1]):
+            moved(folder / "merged", name, 4096 * 7 + 2000)
+            answer = asked(real_gemma, skills, weights or ["1", "1"], folder / "merged")
+            assert (answer.verdict, answer.findings[0].tensor) == ("no", name)
+            print("  one weight moved by one unit in the last place:", answer.findings[0].problem)
+            moved(folder / "merged", name, 4096 * 7 + 2000, -1)
+        assert asked(real_gemma, skills, weights or ["1", "1"], folder / "merged").verdict == "yes"
         shutil.rmtree(folder / "merged")
 
 
