@@ -132,6 +132,20 @@ def test_other_experts(tmp_path: Path) -> None:
     assert (config["moe_intermediate_size"], config["shared_expert_intermediate_size"]) == (12, 24)
 
 
+@pytest.mark.parametrize("weights", [[1, 1], [1, 0.5], [1, 0]])
+def test_experts_without_down_keep_step(tmp_path: Path, weights: list[float]) -> None:
+    """LongCat's experts that answer nothing: as wide as the others, in rows that a loader can stack with theirs."""
+    base = checkpoints.make(tmp_path / "base", "longcat_flash", dtype="F32")
+    last = ".mlp.experts.1.down_proj.weight"
+    checkpoints.edit(base, lambda t: [t.pop(name) for name in list(t) if name.endswith(last)] and None)
+    assert not any(name.endswith(last) for name in checkpoints.load(base))
+    skills = [skill(base, "a", 1), skill(base, "b", 2, layers=(0,))]
+    done = ckptgrow.merge(base, skills, tmp_path / "out", weights=weights)
+    assert verdicts(done) == ["yes"] * 3
+    adds_up(base, skills, weights, tmp_path / "out")
+    there_and_back(base, tmp_path / "out", tmp_path)
+
+
 def test_another_declaration_is_refused(base: Path, tmp_path: Path) -> None:
     """A base that two skills read as different families has no MLPs in common that could be told."""
     a = skill(base, "a", 1)
