@@ -165,7 +165,8 @@ def _differing(its: _Source, terms: _Sum, at: int) -> str | None:
             place = tuple(np.argwhere(bad)[0])
             first, off = at + cut[1].start + int(place[1]), float((got - total)[place])
         wrong += int(np.count_nonzero(bad))
-    return f"{wrong:,} weights are not what they should be: unit {first:,} is off by {off:.3g}" if wrong else None
+    how_many = "1 weight is not what it" if wrong == 1 else f"{wrong:,} weights are not what they"
+    return f"{how_many} should be: unit {first:,} is off by {off:.3g}" if wrong else None
 
 
 # ---------------------------------------------------------------- sums in two float64
