@@ -248,7 +248,8 @@ def check_splittable(model: nn.Module, targets: tuple[Target, ...]) -> None:
             continue
         trouble = _trouble(target, uses[id(target.parameter)])
         if trouble:
-            raise FreezeError(f"{trouble} and cannot be split", tensor=target.tensor.name, hint=_OFFER)
+            offer = 'Freeze with how="mask".' if len(target.tensor.shape) > 2 else _OFFER
+            raise FreezeError(f"{trouble} and cannot be split", tensor=target.tensor.name, hint=offer)
 
 
 def _trouble(target: Target, uses: int) -> str | None:
