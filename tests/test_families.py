@@ -62,7 +62,7 @@ def declared(slot: Slot) -> Slot:
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("model_type", ["llama", "gemma3", "bart", "mixtral", "bert"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3", "bart", "mixtral", "bert", "gpt2", "llava", "vit"])
 def test_a_family_is_found_under_any_prefix(model_type: str, prefix: str) -> None:
     """Blocks come in the order of their layers, of which 10 follows 9."""
     found = locate(config_of(model_type, layers=11), infos_of(model_type, layers=11, prefix=prefix))
