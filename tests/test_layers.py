@@ -242,6 +242,20 @@ def test_native_grows_only_the_named(listed: Path, tmp_path: Path) -> None:
     assert ckptgrow.audit(tmp_path / "out", tmp_path / "out").exit_code == 0
 
 
+def test_native_growths_are_reverted(listed: Path, tmp_path: Path) -> None:
+    """One, and two on other layers: the base comes back byte for byte, its list of widths too."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    ckptgrow.expand(listed, one, layers="1,3", uneven="native")
+    ckptgrow.expand(one, two, layers="0,1", uneven="native", factor=3)
+    ckptgrow.revert(one, tmp_path / "back")
+    assert ckptgrow.revert(two, tmp_path / "whole", every=True).undone == 2
+    ckptgrow.revert(two, tmp_path / "half")
+    wanted = checkpoints.snapshot(listed)
+    assert checkpoints.snapshot(tmp_path / "back") == checkpoints.snapshot(tmp_path / "whole") == wanted
+    assert checkpoints.load(tmp_path / "half").keys() == checkpoints.load(one).keys()
+    assert (tmp_path / "half/config.json").read_bytes() == (one / "config.json").read_bytes()
+
+
 @pytest.mark.parametrize("says", [[12, 24, 24, 24], [24] * 4, [12, 24, 12], 24, [12, 24.0, 12, 24], None])
 def test_verify_reads_each_width_in_the_config(listed: Path, tmp_path: Path, says: Any) -> None:
     """A list that is wrong in one place, too short, or no list any more."""
