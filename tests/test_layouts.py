@@ -400,6 +400,9 @@ def test_a_tower_by_name(prefix: str, tmp_path: Path) -> None:
 
 def test_towers_that_are_not_there() -> None:
     """Unknown, or known not to grow, each with its reason."""
+    infos, said = infos_of("glmasr"), config_of("glmasr")
+    with pytest.raises(FamilyError, match=r"audio tower .* cannot be grown: the projector behind it"):
+        locate(said, infos, "audio")
     infos, said = infos_of("llama4"), config_of("llama4")
     with pytest.raises(FamilyError, match=r"vision tower .* cannot be grown: the adapter behind it"):
         locate(said, infos, "vision")

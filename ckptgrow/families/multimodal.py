@@ -73,6 +73,12 @@ MULTIMODAL: tuple[Family, ...] = (
     *alike("paligemma", *within(_TEXT, Site(GLU, default_activation=TANH_GELU)), *_SIGLIP, in_memory=_LANGUAGE),
     *alike("llava llava_next", *_GLU, *_CLIP, in_memory=_LANGUAGE),
     *alike(
+        "glmasr",
+        *_GLU,
+        in_memory=_LANGUAGE,
+        refuses=(("audio", "the projector behind it takes its frames in vectors of that width"),),
+    ),
+    *alike(
         "internvl",
         *_GLU,
         *within(_VISION, Site(FC, "layer.{layer}.mlp", default_activation=GELU), tower="vision"),
