@@ -65,7 +65,8 @@ def untold(base: Config, grown: Config, architecture: Architecture, widths: Mapp
         told = [group.told(values, mlp) for mlp in group.mlps if widths[mlp.block]]
         if told != found:
             shown = ", ".join(str(width) for width in sorted(set(found)))
-            yield f"{group.path} is {values[group.path]!r}, but the tensors have width {shown}"
+            says = f"says {told}" if group.site.entry else f"is {values[group.path]!r}"
+            yield f"{group.path} {says}, but the tensors have width {shown}"
         for key, wanted in beside.items():
             if found != old and values[key] != wanted:
                 yield f"{key} is {values[key]!r}, but {wanted!r} goes with the width it says"

@@ -122,7 +122,7 @@ def new_widths(architecture: Architecture, growth: Growth) -> dict[str, int]:
 
 def _check_one_width(group: Group, architecture: Architecture, growth: Growth) -> None:
     """What must be one width is one: with --width, and where layers are filled up."""
-    several = len({other.width for other in architecture.groups}) > 1 or (group.site.listed and not group.uniform)
+    several = len({other.width for other in architecture.groups}) > 1 or len(group.starts(growth.layers)) > 1
     if growth.uneven == "native" and not group.site.listed:
         raise RequestError(
             f"--uneven native: the config of {architecture.family.model_type!r} has one width, loaders refuse a list",
@@ -131,10 +131,17 @@ def _check_one_width(group: Group, architecture: Architecture, growth: Growth) -
     if growth.layers is not None and growth.uneven != "native" and group.site.listed and not group.uniform:
         raise RequestError("its layers have several widths, so none can be filled up", hint="Give --uneven native.")
     if growth.width is not None and several:
-        told = ", ".join(f"{other.path} {other.says or other.width}" for other in architecture.groups)
+        told = ", ".join(f"{other.path} {_spoken(other, growth)}" for other in architecture.groups)
         raise RequestError(
             f"--width {growth.width}: the MLPs have several widths ({told})", hint="Say how much wider: --factor K."
         )
+
+
+def _spoken(group: Group, growth: Growth) -> Any:
+    """The present width of a key, or the different ones of a list."""
+    if group.site.listed:
+        return " and ".join(f"{width:,}" for width in group.starts(growth.layers))
+    return group.says or group.width
 
 
 def _check_copies(mlp: Mlp, new: int, growth: Growth, architecture: Architecture) -> None:

@@ -77,6 +77,8 @@ SLOTS = to_json(NEWCOMER)["sites"][0]["slots"]
     ("change", "told"),
     [
         ({"sites": []}, "sites must be a list"),
+        ({"recast": "nobody"}, "recast of 'newcomer' names no family"),
+        ({"recast": "gemma3n_text"}, "recast of 'newcomer' names no family"),
         ({"model_type": 3}, "model_type is 3"),
         ({"note": "x"}, "unknown keys"),
         ({"sparse": "no"}, "sparse is 'no'"),

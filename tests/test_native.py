@@ -19,7 +19,8 @@ from test_revert import train
 import ckptgrow
 from ckptgrow.checkpoint import open_checkpoint
 from ckptgrow.errors import FamilyError
-from ckptgrow.families import FAMILIES, locate, recast
+from ckptgrow.families import FAMILIES, Family, Site, linear, locate, recast
+from ckptgrow.families.declared import to_json
 from ckptgrow.families.found import _VALUES, _WIDTHS
 from ckptgrow.manifest import load_manifest
 from ckptgrow.plan import Edit
@@ -188,7 +189,7 @@ def _block(**changes: Any) -> Callable[[dict[str, Any]], Any]:
     [
         (_block(n_heads_in_group=4), "block_configs says other things"),
         (_block(no_op=True), "block_configs says other things"),
-        (lambda c: c["block_configs"][0]["ffn"].update(ffn_mult=36.0), "block_configs is"),
+        (lambda c: c["block_configs"][0]["ffn"].update(ffn_mult=36.0), "block_configs says [512, 512,"),
         (lambda c: c["block_configs"].pop(), "block_configs says other things"),
         (lambda c: c.update(rope_theta=5e5), "rope_theta is 500000.0"),
         (lambda c: c.update(rms_norm_eps=1e-06), "rms_norm_eps is 1e-06"),
@@ -431,6 +432,29 @@ def test_a_config_that_contradicts_the_tensors(grown: Path, change: Callable[[di
     change(config)
     (grown / "config.json").write_text(json.dumps(config))
     assert told in str(ckptgrow.inspect(grown).reason)
+
+
+def test_a_declaration_may_say_the_width_itself(grown: Path, tmp_path: Path) -> None:
+    """Newer tools of NVIDIA's write ffn.intermediate_size instead of the factor: one declaration of a few lines."""
+    site = Site(linear(gate="gate_proj", up="up_proj", down="down_proj"), width="block_configs")
+    declared = Family("nemotron-nas", (replace(site, entry="ffn.intermediate_size", listed=True),))
+    config = config_of(grown)
+    for block, width in zip(config["block_configs"], widths(grown), strict=True):
+        block["ffn"] = {"intermediate_size": width, "no_op": False}
+    (grown / "config.json").write_text(json.dumps(config))
+    (grown / "ckptgrow.json").unlink()
+    (tmp_path / "it.json").write_text(json.dumps(to_json(declared)))
+    options = ("--family", tmp_path / "it.json")
+    assert "does not say ffn.ffn_mult" in refused(grown, tmp_path / "out", "--layers", "0", "--uneven", "native")
+    code, _, told = run(
+        "expand", grown, tmp_path / "out", "--layers", "0", "--uneven", "native", "--width", 300, *options
+    )
+    assert code == 0, told
+    entries = config_of(tmp_path / "out")["block_configs"]
+    assert [entry["ffn"]["intermediate_size"] for entry in entries] == widths(tmp_path / "out") == [300, 512, 256, 512]
+    assert run("verify", grown, tmp_path / "out", *options)[0] == 0
+    assert run("fold", tmp_path / "out", tmp_path / "folded", *options)[0] == 0
+    assert widths(tmp_path / "folded") == widths(grown)
 
 
 def test_a_factor_without_an_mlp(grown: Path) -> None:

@@ -124,6 +124,9 @@ def check(family: Family) -> None:
     for i, site in enumerate(family.sites):
         for problem in _problems(site):
             raise FamilyError(f"site {i} of {family.model_type!r}: {problem}")
+    relative = FAMILIES.get(family.recast)
+    if family.recast and (relative is None or not all(site.entry for site in relative.sites)):
+        raise FamilyError(f"recast of {family.model_type!r} names no family whose config says a width for each layer")
     if len(set(family.sites)) != len(family.sites):
         raise FamilyError(f"{family.model_type!r} declares a site twice")
 
