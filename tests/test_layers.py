@@ -286,7 +286,7 @@ def test_several_widths_are_not_filled_up(listed: Path, tmp_path: Path) -> None:
     ckptgrow.expand(listed, tmp_path / "one", layers="1", uneven="native")
     with pytest.raises(ckptgrow.RequestError, match="its layers have several widths"):
         ckptgrow.expand(tmp_path / "one", tmp_path / "two", layers="0")
-    with pytest.raises(ckptgrow.RequestError, match="several widths .intermediate_size 12 and 24"):
+    with pytest.raises(ckptgrow.RequestError, match=r"several widths \(intermediate_size 12 and 24"):
         ckptgrow.expand(tmp_path / "one", tmp_path / "two", layers="0,1", uneven="native", width=48)
     ckptgrow.expand(tmp_path / "one", tmp_path / "wide", layers="0,2", uneven="native", width=36)
     assert json.loads((tmp_path / "wide/config.json").read_text())["intermediate_size"] == [36, 24, 36, 12]
