@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -23,6 +23,7 @@ from ckptgrow.families import Architecture, Group, Mlp, Slot, scoped
 from ckptgrow.joining import DEAD, SPREAD, Merges
 from ckptgrow.manifest import CONFIG_KEY, Manifest, load_manifest, previous
 from ckptgrow.plan import Edit, Output, Part, Plan, Term, Units, unchanged
+from ckptgrow.redundancy import Redundancy
 from ckptgrow.tensors import TensorInfo
 from ckptgrow.units import Units as Indices
 
@@ -167,6 +168,16 @@ def texts(
     before = previous(manifest)
     known = before is not None and isinstance(entry, dict) and entry.get("manifest") == before.digest
     return text, before.text() if known and before is not None else None
+
+
+def every_recipe(chosen: Iterable[tuple[Redundancy, Merges]]) -> dict[tuple[str, int | None], Recipes]:
+    """The recipes of each MLP and expert; those whose units go the same way share them."""
+    known: dict[Hashable, Recipes] = {}
+    made = {}
+    for one, merges in chosen:
+        told = (*(array.tobytes() for array in (merges.into, merges.scale, merges.through_up)), *merges.spread.items())
+        made[one.mlp.block, one.expert] = known.get(told) or known.setdefault(told, recipes(merges))
+    return made
 
 
 def recipes(merges: Merges) -> Recipes:

@@ -7,7 +7,8 @@ An expert is an MLP of its own, whatever tensors it shares. Where scales stand f
 one unit, and only case 1 and a zero column remain; the payload of down counts as a row, its scales are what is added.
 Where statistics are taken over the units these stay what they are only if equal ones go in proportion: of every gate,
 or under a norm of every row (its weight included), the same share is left, and nothing under a norm is dropped as dead
-or added as parallel.
+or added as parallel. Where a model clamps or shifts what up says (gpt_oss, deepseek_v4), a unit is not linear in it:
+then cases 2, 3 and 5 are not to be had either, and a row of zeros is not dead.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ class Redundancy:
         theirs = self.partners[stay]
         broken, apart = ~self.finite[stay], self.gates[stay] != self.gates[theirs]
         too_long = np.isin(stay, [*self.long])
-        what = "gate" if self.gated else "rows of a block of" if self.grain > 1 else "up"
+        ungated = "gate or up" if self.mlp.site.template.gated else "up"
+        what = "gate" if self.gated else "rows of a block of" if self.grain > 1 else ungated
         for reason, hit in (
             ("weights are infinite or NaN", broken),
             (f"{what} rows differ", ~broken & apart),
@@ -170,8 +172,7 @@ def find(
     """
     every = lanes_in(checkpoint, mlp, expert)
     normed = mlp.site.template.normed
-    plain = bool(mlp.down) and mlp.grain == 1 and not normed and any(lane.role == "gate" for lane in every)
-    linear = [lane for lane in every if lane.role == "up"] if plain else []
+    linear = [lane for lane in every if lane.role == "up"] if mlp.bilinear else []
     above = [lane for lane in every if lane.role != "down"]
     told = [(lane, *lane.largest()) for lane in every]
     finite = np.logical_and.reduce([fine for _, _, fine in told])

@@ -90,7 +90,7 @@ def _gates(folded: Checkpoint, trained: Checkpoint, mlp: Mlp, expert: int | None
     rows = [
         Rows(name, mine, its)
         for (name, role, mine), (_, _, its) in zip(*both, strict=True)
-        if role == "gate" or (role != "down" and not _is_gated(mlp))
+        if role == "gate" or (role != "down" and not mlp.bilinear)
     ]
     copies, originals = match(rows, fast_digests)
     if unequal(rows, copies, originals) is not None:  # a digest collided: then no two gates are taken for one
@@ -98,12 +98,6 @@ def _gates(folded: Checkpoint, trained: Checkpoint, mlp: Mlp, expert: int | None
     strangers = np.flatnonzero(copies < 0)
     copies[strangers] = len(originals) + np.arange(len(strangers))
     return copies, originals
-
-
-def _is_gated(mlp: Mlp) -> bool:
-    """Whether a unit is linear in its row of up: there is a gate, and nothing stands between the product and down."""
-    gated = any("gate" in lane for slot in mlp.tensors.values() for lane in slot.lanes)
-    return gated and mlp.grain == 1 and not mlp.site.template.normed
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +148,7 @@ class _Side:
 def _side(checkpoint: Checkpoint, mlp: Mlp, expert: int | None, owners: Units) -> _Side:
     answers, sizes, errors = np.zeros((3, len(owners), INPUTS))
     draw = np.random.Generator(np.random.Philox(key=mlp.layer))
-    for name, role, bits in projections(checkpoint, mlp, expert) if _is_gated(mlp) else ():
+    for name, role, bits in projections(checkpoint, mlp, expert) if mlp.bilinear else ():
         if role != "up":
             continue
         dtype, count = checkpoint.infos[name].dtype, bits.shape[0] * bits.shape[2]
@@ -165,7 +159,7 @@ def _side(checkpoint: Checkpoint, mlp: Mlp, expert: int | None, owners: Units) -
             answers[some] += values @ inputs
             sizes[some] += np.abs(values) @ np.abs(inputs)
             errors[some] += (half * np.abs(values) + least) @ np.abs(inputs)
-    if not _is_gated(mlp):
+    if not mlp.bilinear:
         answers, sizes = np.ones((2, len(owners), INPUTS))
     down = as_units(checkpoint, mlp.down, mlp.tensors[mlp.down], mlp.grain, expert)
     return _Side(down, checkpoint.infos[mlp.down].dtype, owners, answers, sizes, errors)

@@ -11,11 +11,26 @@ import pytest
 
 pytest.importorskip("transformers", reason="holds fold against real transformers, which is not installed")
 
+import checkpoints
 import torch
-from test_families_transformers import CASES, EPSILON, TOWERS, apart, build, load
+from test_families_transformers import (
+    CASES,
+    EPSILON,
+    TOWERS,
+    alone,
+    apart,
+    build,
+    grown_modules,
+    inputs,
+    load,
+    seen,
+)
 from test_fold import files, run
+from test_fold_families import views
 
 import ckptgrow
+from ckptgrow.checkpoint import open_checkpoint
+from ckptgrow.families import FAMILIES, locate
 from ckptgrow.training import freeze
 
 pytestmark = [pytest.mark.transformers, pytest.mark.filterwarnings("ignore")]  # what transformers says of its own
@@ -38,6 +53,50 @@ def test_a_family_folds(name: str, tower: str, tmp_path: Path) -> None:
     assert [answer.verdict for answer in done.answers] == ["yes", "yes"]
     expected, folded = files(base), files(tmp_path / "folded")
     assert [name for name in expected | folded if expected.get(name) != folded.get(name)] == []
+
+
+# Where a row of up may not be added to another: without a gate, behind a norm, or where the product is clamped.
+KEPT = {"up rows differ", "gate or up rows differ"}
+KEPT |= {"statistics are taken over the units, and these would not go in proportion"}
+
+
+@pytest.mark.parametrize(("name", "tower"), TOWERS)
+def test_up_rows_are_added_only_where_the_model_is_linear_in_them(name: str, tower: str, tmp_path: Path) -> None:
+    """New rows of up at random, some of zeros: what folds is the same function in transformers, module by module."""
+    case = CASES[name]
+    ckptgrow.expand(build(case, tmp_path / "base"), tmp_path / "wide", factor=2, tower=tower, verify=False)
+    opened, generator = open_checkpoint(tmp_path / "wide"), torch.Generator().manual_seed(4)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for mlp in locate(opened.config, opened.infos, tower).mlps:
+            for expert in range(mlp.experts):
+                for role, units in views(tensors, mlp, expert):
+                    if role == "up":
+                        new = units[mlp.width // 2 :]
+                        new += 3 * torch.randn(new.shape, generator=generator)
+                        if mlp.site.template.gated:
+                            dead = 4 * (len(new) // 20)  # grouped matrix products want multiples of 16 bytes
+                            units[:dead], new[:dead] = 0.0, 0.0
+
+    checkpoints.edit(tmp_path / "wide", change)
+    done = ckptgrow.fold(tmp_path / "wide", tmp_path / "narrow", partial=True)
+    if done.exit_code:
+        assert {left.why for block in done.blocks for left in block.left} <= KEPT
+        return
+    one, other = load(case, tmp_path / "narrow"), load(case, tmp_path / "wide")
+    names, compared = grown_modules(one, other), 0
+    if not case.get("alone") and tower == FAMILIES[case["model_type"]].towers[0]:
+        mine, its = seen(one, inputs(one)), seen(other, inputs(one))
+        for module, outputs in mine.items():
+            for left, right in zip(outputs, its[module], strict=True):
+                if left.shape == right.shape and left.numel():
+                    assert apart(right, left) <= 10 * EPSILON, module
+                    compared += module in names
+    else:
+        found = list(alone(one, other, names))
+        compared = len(found)
+        assert max(found, default=0.0) <= 10 * EPSILON
+    assert compared
 
 
 # ---------------------------------------------------------------- mixtures after real training

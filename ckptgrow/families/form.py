@@ -136,6 +136,7 @@ class Site:
     with `entry`, it is a list of objects, one for each layer, and that dotted key in each says the width.
     `also` holds keys that a grown config must set besides. `open` where other things of the layer lie in the block too.
     `spare`: there may be experts without down, which answer nothing, but whose tensors a loader stacks with the rest.
+    `bent`: a unit is not linear in its row of up though it has a gate, since the model clamps or shifts what up says.
     """
 
     template: Template
@@ -154,6 +155,7 @@ class Site:
     entry: str = ""
     open: bool = False
     spare: bool = False
+    bent: bool = False
     experts: str = ""  # the key with their number, where shapes do not say it
     also: tuple[tuple[str, bool | int | str], ...] = ()
 

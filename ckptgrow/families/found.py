@@ -55,6 +55,12 @@ class Mlp:
         return next((name for name, slot in self.tensors.items() if slot.shared), "")
 
     @property
+    def bilinear(self) -> bool:
+        """Whether a unit is linear in its row of up, and in its column of down: with a gate, and nothing beside it."""
+        template = self.site.template
+        return bool(template.gated and self.down) and not (template.normed or self.site.bent or self.grain > 1)
+
+    @property
     def grain(self) -> int:
         """How many neighbouring units can only be moved together: those of one block of scales."""
         return max(slot.block for slot in self.tensors.values())

@@ -54,10 +54,10 @@ MIXTURES: tuple[Family, ...] = (
     ),
     *alike(
         "deepseek_v4",
-        *experts(_MOE, "layers.{layer}.ffn", Site(W123)),
-        *experts(_MOE),
-        shared(_MOE, "layers.{layer}.ffn.shared_experts", template=W123, multiple=True),
-        shared(_MOE, multiple=True),
+        *experts(_MOE, "layers.{layer}.ffn", Site(W123), bent=True),
+        *experts(_MOE, bent=True),
+        shared(_MOE, "layers.{layer}.ffn.shared_experts", template=W123, multiple=True, bent=True),
+        shared(_MOE, multiple=True, bent=True),
         extra_layers=True,
     ),
     *alike("jamba", Site(GLU, _FEED_FORWARD), *experts("intermediate_size", _FEED_FORWARD)),
@@ -79,6 +79,7 @@ MIXTURES: tuple[Family, ...] = (
             stack(turned=True, interleaved=True, biases=True, gate_up="gate_up_proj", down="down_proj"),
             "layers.{layer}.mlp.experts",
             part="expert",
+            bent=True,
         ),
     ),
     *alike(

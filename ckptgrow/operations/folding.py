@@ -252,8 +252,9 @@ def _planned(job: _Job, found: list[Redundancy], wish: _Wish, report: Progress) 
     trained, architecture, widths = job.trained, job.architecture, job.widths
     exact = [one for one in found if one.takes(widths[one.mlp.block])]
     chosen = [(one, one.at(widths[one.mlp.block])) for one in exact]
-    made = {(one.mlp.block, one.expert): folding.recipes(merges) for one, merges in chosen}
-    made |= _blended(job, [one for one in found if not one.takes(widths[one.mlp.block])], report)
+    made = folding.every_recipe(chosen) | _blended(
+        job, [one for one in found if not one.takes(widths[one.mlp.block])], report
+    )
     sorted_out = {mlp.block: [made[mlp.block, expert] for expert in mlp.numbers] for mlp in architecture.mlps}
     plan = folding.fold(trained.infos, architecture, sorted_out, widths, job.hints)
     plan.check({TRAINED: trained.infos})
@@ -294,8 +295,9 @@ def _blended(job: _Job, found: list[Redundancy], report: Progress) -> dict[tuple
     meter, made = Meter(report, "fitting", total), {}
     for one in found:
         mlp, expert = one.mlp, one.expert
-        if one.classes is not None or one.grain > 1:
+        if one.classes is not None or one.grain > 1 or mlp.site.bent:
             why = "its weights are coded in blocks" if one.grain > 1 else "it takes statistics over its units"
+            why = "it clamps what gate and up say" if mlp.site.bent else why
             raise RequestError(f"{why}, so nothing can be fitted", tensor=mlp.named(expert))
         partners = job.hints.partners(mlp)
         made[mlp.block, expert] = blended(job.trained, mlp, expert, job.widths[mlp.block], partners, meter)
