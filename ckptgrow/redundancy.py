@@ -14,12 +14,13 @@ then cases 2, 3 and 5 are not to be had either, and a row of zeros is not dead.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ckptgrow.checkpoint import Checkpoint
-from ckptgrow.families import Mlp
+from ckptgrow.families import Architecture, Mlp
 from ckptgrow.joining import DEAD, SPREAD, Lane, Mask, Merges, Parallel, Spanned, equal_ones
 from ckptgrow.numeric import Floats
 from ckptgrow.units import Units, alike, projections, stretches
@@ -155,6 +156,24 @@ def _blocks_of(partners: Units, grain: int) -> Units:
 def lanes_in(checkpoint: Checkpoint, mlp: Mlp, expert: int | None) -> list[Lane]:
     """Every lane of every tensor of an MLP, or of one of its experts."""
     return [Lane(role, bits, checkpoint.infos[name].dtype) for name, role, bits in projections(checkpoint, mlp, expert)]
+
+
+def search(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    partners: Callable[[Mlp], Units],
+    atol: float,
+    progress: Callable[[int], None],
+) -> dict[str, list[Redundancy]]:
+    """What is redundant in each MLP, by block: one for each of the experts that share its tensors."""
+    statistics = architecture.family.statistics
+    experts = [(mlp, expert) for mlp in architecture.mlps for expert in mlp.numbers]
+    found: dict[str, list[Redundancy]] = {mlp.block: [] for mlp in architecture.mlps}
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        looked = pool.map(lambda m: find(checkpoint, m[0], m[1], partners(m[0]), atol, statistics, progress), experts)
+        for one in looked:
+            found[one.mlp.block].append(one)
+    return found
 
 
 def find(

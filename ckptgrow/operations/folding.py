@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -28,7 +27,7 @@ from ckptgrow.narrowing import Asked, Target, in_play, targets
 from ckptgrow.operations.declaring import declaration
 from ckptgrow.plan import Plan
 from ckptgrow.progress import Meter, Progress, silent
-from ckptgrow.redundancy import Redundancy, find
+from ckptgrow.redundancy import Redundancy, search
 from ckptgrow.regrouped import regrouped
 from ckptgrow.results import FoldedBlock, FoldedGroup, Folding, Left, Off
 from ckptgrow.staging import Staging, check_apart, check_space, check_target
@@ -179,7 +178,8 @@ def _prepare(origin: Origin, out: Path, wish: _Wish, report: Progress) -> _Job:
     whole = locate(trained.config, trained.infos, EVERY, wish.family)
     hints = hints_of(trained, whole)
     architecture = in_play(whole, hints, wish.asked)
-    found = _found(trained, architecture, hints, wish.atol, report)
+    meter = Meter(report, "comparing units", architecture.nbytes(trained.infos))
+    found = search(trained, architecture, hints.partners, wish.atol, meter)
     aims = targets(architecture, hints, wish.asked, found)
     every = [one for those in found.values() for one in those]
     told = Folding(
@@ -201,21 +201,6 @@ def _prepare(origin: Origin, out: Path, wish: _Wish, report: Progress) -> _Job:
     job = _Job(origin, trained, architecture, hints, told, aims, wish.family)
     narrower = any(width < architecture.widths[block] for block, width in job.widths.items())
     return _planned(job, every, wish, report) if narrower and all(aim.widths for aim in aims) else job
-
-
-def _found(
-    trained: Checkpoint, architecture: Architecture, hints: Hints, atol: float, report: Progress
-) -> dict[str, list[Redundancy]]:
-    """What is redundant in each MLP, by block: one for each of the experts that share its tensors."""
-    meter = Meter(report, "comparing units", architecture.nbytes(trained.infos))
-    statistics = architecture.family.statistics
-    experts = [(mlp, expert) for mlp in architecture.mlps for expert in mlp.numbers]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        looked = pool.map(lambda m: find(trained, m[0], m[1], hints.partners(m[0]), atol, statistics, meter), experts)
-        found: dict[str, list[Redundancy]] = {}
-        for one in looked:
-            found.setdefault(one.mlp.block, []).append(one)
-    return found
 
 
 def _group(aim: Target) -> FoldedGroup:
@@ -252,9 +237,8 @@ def _planned(job: _Job, found: list[Redundancy], wish: _Wish, report: Progress) 
     trained, architecture, widths = job.trained, job.architecture, job.widths
     exact = [one for one in found if one.takes(widths[one.mlp.block])]
     chosen = [(one, one.at(widths[one.mlp.block])) for one in exact]
-    made = folding.every_recipe(chosen) | _blended(
-        job, [one for one in found if not one.takes(widths[one.mlp.block])], report
-    )
+    lossy = [one for one in found if not one.takes(widths[one.mlp.block])]
+    made = folding.every_recipe(chosen) | _blended(job, lossy, report)
     sorted_out = {mlp.block: [made[mlp.block, expert] for expert in mlp.numbers] for mlp in architecture.mlps}
     plan = folding.fold(trained.infos, architecture, sorted_out, widths, job.hints)
     plan.check({TRAINED: trained.infos})
