@@ -71,7 +71,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(LAW, max_examples=40)
+@settings(LAW, max_examples=25)
 @given(cases())
 def test_combinations_fold(case: dict[str, Any]) -> None:
     """As many units stay as are independent, no more and no fewer, and they answer the same."""

@@ -307,6 +307,40 @@ def test_clamped_units_are_not_linear_in_up(model_type: str, tmp_path: Path) -> 
         ckptgrow.fold(grown, tmp_path / "out", lossy=True, max_error=0.5, width=6)
 
 
+def moved(folder: Path, size: float) -> Mlp:
+    """Noise on the new gate rows of the last expert."""
+    mlp = found_in(folder).mlps[-1]
+
+    def change(tensors: Tensors) -> None:
+        for role, units in views(tensors, mlp, mlp.experts - 1):
+            if role == "gate":
+                new = units[mlp.width // 2 :]
+                new += size * torch.randn(new.shape, generator=torch.Generator().manual_seed(2))
+
+    checkpoints.edit(folder, change)
+    return mlp
+
+
+@pytest.mark.parametrize("model_type", ["dbrx", "gemma4", "jetmoe", "mixtral", "qwen2_moe"])
+def test_one_expert_that_does_not_fold(model_type: str, tmp_path: Path) -> None:
+    """It is named; --lossy fits it alone and says its error, --atol takes its rows as equal."""
+    base = checkpoints.make(tmp_path / "base", model_type, dtype="F32", hidden=16)
+    grown = grow(base, tmp_path / "grown")
+    mlp = moved(grown, 3e-2)
+    done = ckptgrow.fold(grown, tmp_path / "out")
+    wrong = [block for block in done.blocks if block.left]
+    number = mlp.experts - 1 if mlp.experts > 1 else mlp.expert
+    assert (done.exit_code, [(b.name, b.expert, b.left[0].units) for b in wrong]) == (1, [(mlp.block, number, 12)])
+    lossy = ckptgrow.fold(grown, tmp_path / "lossy", lossy=True, max_error=0.2)
+    off = {one.name: one.error for one in lossy.errors}
+    named = mlp.named(number if mlp.experts > 1 else None)
+    assert 1e-5 < off.pop(named) < 5e-2
+    assert max(off.values(), default=0.0) < 1e-6
+    near = ckptgrow.fold(grown, tmp_path / "near", atol=0.2)
+    assert 0 < near.apart <= 0.2
+    assert 1e-5 < max(one.error for one in near.errors) < 0.1
+
+
 # ---------------------------------------------------------------- several keys
 
 
