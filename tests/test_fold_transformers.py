@@ -27,6 +27,7 @@ from test_families_transformers import (
 )
 from test_fold import files, run
 from test_fold_families import views
+from trainings import taught
 
 import ckptgrow
 from ckptgrow.checkpoint import open_checkpoint
@@ -107,16 +108,8 @@ def trained(name: str, policy: str, root: Path) -> Path:
     ckptgrow.expand(build(CASES[name], root / "base"), root / "grown", policy=policy, shares="even", verify=False)
     model = load(CASES[name], root / "grown").train()
     handle = freeze(model, root / "grown", how="mask")
-    optimizer = torch.optim.Adam(handle.trained().values(), lr=3e-3)
     tokens = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(5))
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    optimizer = taught(model, handle.trained().values(), [tokens] * 8, 3e-3)
     handle.check(optimizer)
     handle.remove()
     model.save_pretrained(root / "trained")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from test_fold import files
 from test_real_gemma import TEXT, logits, two_threads
+from trainings import taught
 
 import ckptgrow
 from ckptgrow.policy import POLICIES
@@ -31,18 +32,10 @@ def trained(
     ckptgrow.expand(real_gemma, root / "grown", policy=policy, shares="even", verify=False)
     model = transformers.AutoModelForCausalLM.from_pretrained(root / "grown", dtype=torch.float32)
     handle = freeze(model)
-    optimizer = torch.optim.Adam(handle.trained().values(), lr=2e-4)
     tokenizer = transformers.AutoTokenizer.from_pretrained(real_gemma)
     tokens = tokenizer(TEXT.read_text("utf-8")).input_ids
-    losses = []
-    for step in range(30):
-        batch = torch.tensor([tokens[96 * step % 2000 :][:96]])
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    batches = (torch.tensor([tokens[96 * step % 2000 :][:96]]) for step in range(30))
+    optimizer = taught(model, handle.trained().values(), batches, 2e-4)
     handle.check(optimizer)
     handle.remove()
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import torch
@@ -41,6 +42,20 @@ def learn(tensors: Tensors, grown: Path, size: float) -> None:
     for name, mask in masks(grown).items():
         noise = torch.randn(mask.shape, generator=generator) * size
         tensors[name] = torch.where(mask, tensors[name].float() + noise, tensors[name].float()).to(tensors[name].dtype)
+
+
+def taught(model: Any, parameters: Iterable[torch.Tensor], batches: Iterable[torch.Tensor], rate: float) -> Any:
+    """A step of Adam on each batch of tokens, after which the model has learned something. The optimizer."""
+    optimizer = torch.optim.Adam(parameters, lr=rate)
+    losses = []
+    for batch in batches:
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    return optimizer
 
 
 def masks(grown: Path) -> dict[str, torch.Tensor]:
