@@ -67,8 +67,9 @@ def _done(manifest: Manifest) -> Iterator[str]:
     )
     yield f"- shares: {' and '.join(manifest.shares['used'])}"
     if counts.filled:
+        what = "layers" if manifest.experts is None else "experts"
         yield (
-            f"- filling: {counts.filled:,} parameters, {counts.filled_bytes:,} bytes. The layers that did not grow are"
+            f"- filling: {counts.filled:,} parameters, {counts.filled_bytes:,} bytes. The {what} that did not grow are"
             " as wide as the others, since the config has one width, with copies of their units whose columns of down"
             " are zero. They change nothing, never train, and can be dropped again"
         )
@@ -79,6 +80,10 @@ def _which(manifest: Manifest) -> str:
     """Which layers were widened, from which width to which."""
     grown = [block for block in manifest.blocks if not block.filled]
     layers = f"its {len(grown)} layers" if manifest.layers is None else named(manifest.layers)
+    if manifest.experts is not None:
+        there = len({block.layer for block in grown})
+        where = named(manifest.layers) if manifest.layers else f"its {there} layer{'s' if there > 1 else ''}"
+        layers = f"{named(manifest.experts, 'expert')} of {where}"
     steps = dict.fromkeys(f"from {block.old_width:,} to {block.new_width:,}" for block in grown)
     return f"{layers} widened {', '.join(steps)} units"
 

@@ -21,10 +21,11 @@ from ckptgrow.equivalence import Finding
 from ckptgrow.errors import FormatError, RequestError
 from ckptgrow.families.declared import recalled
 from ckptgrow.lineage import architecture_of
-from ckptgrow.manifest import Trainable, along
+from ckptgrow.manifest import Trainable
 from ckptgrow.matching import Matching, naming
 from ckptgrow.numeric import FLOATS, Floats, decode, rounded
 from ckptgrow.reference import Reference
+from ckptgrow.regions import Division, Region, divided, undivided
 from ckptgrow.respelled import found, found_as, halves, notes_on
 from ckptgrow.tensors import TensorInfo
 from ckptgrow.traces import Cause, Fates, Trace, cause_of, may_be_rounding
@@ -32,7 +33,7 @@ from ckptgrow.trained import Trained
 from ckptgrow.units import side_by_side
 
 Progress = Callable[[int], None]  # called with the number of elements just compared
-Spans = tuple[tuple[int, int], ...]
+Regions = tuple[Region, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,29 +91,27 @@ class Audit:
 
 @dataclass(frozen=True)
 class Pair:
-    """A grown tensor and the trained one that it became, cut along one axis."""
+    """A grown tensor and the trained one that it became, and what of it trains."""
 
     grown: TensorInfo
     trained: TensorInfo
-    axis: int
-    trainable: Spans
+    division: Division
     found_as: str  # where the trained one lies in what the trainer wrote
 
     @property
-    def extent(self) -> int:
-        return self.grown.around(self.axis)[1]
+    def trainable(self) -> Regions:
+        return self.division.trained
 
     @property
-    def frozen(self) -> Spans:
-        edges = [0, *(edge for span in self.trainable for edge in span), self.extent]
-        return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
+    def frozen(self) -> Regions:
+        return self.division.frozen
 
-    def elements(self, spans: Spans) -> int:
-        return self.grown.elements // max(1, self.extent) * sum(stop - start for start, stop in spans)
+    def elements(self, regions: Regions) -> int:
+        return self.division.elements(regions)
 
     def view(self, bits: Bits) -> Bits:
         """A tensor as [outer, along the axis, inner]."""
-        return bits.reshape(self.grown.around(self.axis))
+        return bits.reshape(self.grown.around(self.division.axis))
 
 
 @dataclass(frozen=True)
@@ -148,12 +147,12 @@ def compare_names(reference: Reference, trained: Trained) -> Job:
     pairs, findings = [], list(_misplaced(matching))
     for name, theirs in [*matching.names.items(), *((owner, head) for head, owner in matching.heads.items())]:
         mine, its = grown.infos[name], trained.infos[theirs]
-        axis, trainable = _cut(mine, boxes.get(name))
+        division = _divided(mine, boxes.get(name))
         problem = _misfit(mine, its)
         if problem:
             findings.append(Finding(found_as(trained, theirs), problem))
         else:
-            pairs.append(Pair(mine, its, axis, trainable, found_as(trained, theirs)))
+            pairs.append(Pair(mine, its, division, found_as(trained, theirs)))
     return Job(
         reference, trained, tuple(pairs), tuple(findings), (*reference.notes, *matching.notes, *notes_on(trained))
     )
@@ -201,12 +200,12 @@ def _misplaced(matching: Matching) -> Iterator[Finding]:
     yield from (Finding(name, "it is missing") for name in matching.missing)
 
 
-def _cut(info: TensorInfo, tensor: Trainable | None) -> tuple[int, Spans]:
-    """The axis along which a tensor's boxes lie, and what of it trains."""
+def _divided(info: TensorInfo, tensor: Trainable | None) -> Division:
+    """What of a tensor trains."""
     if tensor is None:
-        return 0, ()
+        return undivided(info.shape)
     try:
-        return along(info.shape, tensor.boxes)
+        return divided(info.shape, tensor.boxes)
     except FormatError as error:
         raise error.at(file=MANIFEST, tensor=info.name) from None
 
@@ -271,11 +270,12 @@ def _measure(pair: Pair, mine: Bits, its: Bits) -> tuple[Drift, Trace]:
     return Drift(*named, *counts, *far, pair.elements(pair.trainable), changed), trace
 
 
-def _blocks(pair: Pair, mine: Bits, its: Bits, spans: Spans) -> Iterator[tuple[Bits, Bits]]:
+def _blocks(pair: Pair, mine: Bits, its: Bits, regions: Regions) -> Iterator[tuple[Bits, Bits]]:
     """The same elements of both, some at a time."""
     one, other = pair.view(mine), pair.view(its)
-    for start, stop in spans:
-        yield from side_by_side(one[:, start:stop], other[:, start:stop])
+    for region in regions:
+        rows, places = slice(region.rows.start, region.rows.stop), slice(region.start, region.stop)
+        yield from side_by_side(one[rows, places], other[rows, places])
 
 
 def _differing(pair: Pair, mine: Bits, its: Bits) -> tuple[int, int]:

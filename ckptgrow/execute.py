@@ -169,16 +169,16 @@ def digest_of_output(output: Output, sources: Sources) -> str:
 def contiguous(output: Output, sources: Sources) -> Iterator[tuple[Path, int, int]]:
     """The byte ranges (file, offset, length) that laid end to end are the output; none where it is not that simple."""
     outer, inner = output.steps
-    terms = [part.bytes_of for part in output.parts]
+    terms = [part.bytes_of for part in output.parts if part.slices is None]
     ranges = [(term, term.units) for term in terms if term is not None and isinstance(term.units, range)]
-    if len(ranges) != len(terms) or (outer > 1 and len(terms) > 1) or any(part.slices for part in output.parts):
+    if len(ranges) != len(output.parts) or (outer > 1 and len(terms) > 1):
         return
     found = []
     for term, units in ranges:
         source, info = sources[term.source], sources[term.source].infos[term.name]
         if not isinstance(source, Checkpoint) or info.dtype != output.dtype:
             return
-        if outer > 1 and info.shape != output.shape:
+        if term.shift or info.around(output.axis)[0] != outer or (outer > 1 and info.shape != output.shape):
             return
         found.append((units, source.span(term.name)))
     place = inner * DTYPE_BITS[output.dtype] * outer  # bits a place along the axis takes, over all slices
@@ -236,7 +236,7 @@ def _summed(output: Output, part: Part, rows: range, picked: slice, sources: Sou
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some units of some slices of one tensor, seen as [slices, units, inner]."""
+    """Some units of some slices of one tensor, seen as [slices, units, inner]; `rows` as the output counts them."""
 
     term: Term
     rows: range
@@ -258,12 +258,17 @@ class Piece:
         units = self.term.units[self.picked]
         return whole[:, units.start : units.stop] if isinstance(units, range) else whole[:, list(units)]
 
+    @property
+    def _own(self) -> range:
+        """The slices as the source counts them."""
+        return range(self.rows.start - self.term.shift, self.rows.stop - self.term.shift)
+
     def _shape(self) -> tuple[int, int, int]:
         return self.source.infos[self.term.name].around(self.axis)
 
     def bits(self) -> Bits:
         whole = self.source.bits(self.term.name).reshape(self._shape())
-        return self._pick(whole[self.rows.start : self.rows.stop])
+        return self._pick(whole[self._own.start : self._own.stop])
 
     def shared(self) -> Bits:
         """The bits, or the share of them that the term asks for."""
@@ -283,9 +288,9 @@ class Piece:
         key = f"{self.term.name}/{key}"
         picked = self.term.units[self.picked]
         if len(self.rows) == 1 and isinstance(picked, range):
-            first = (self.rows.start * units + picked.start) * inner
+            first = (self._own.start * units + picked.start) * inner
             return betas(key, first, len(picked) * inner).reshape(1, len(picked), inner)
-        whole = betas(key, self.rows.start * units * inner, len(self.rows) * units * inner)
+        whole = betas(key, self._own.start * units * inner, len(self.rows) * units * inner)
         return self._pick(whole.reshape(len(self.rows), units, inner))
 
 

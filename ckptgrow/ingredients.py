@@ -43,13 +43,13 @@ def moved_rows(past: Past) -> frozenset[str]:
 
 def _moves_rows(past: Past, mlp: Mlp) -> bool:
     for name, slot in mlp.tensors.items():
-        axis, spans = past.trained.get(name, (slot.axis, ()))
-        if slot.shared or not spans:
+        division = past.trained.get(name)
+        if slot.shared or division is None:
             continue
         old = int(mlp.width * slot.places)
-        lane = past.plan.named[name].shape[axis] // len(slot.lanes)
+        lane = division.extent // len(slot.lanes)
         starts = [i * lane for i in range(len(slot.lanes))]
-        if any(a < start + old and start < b for start in starts for a, b in spans):
+        if any(at.start < start + old and start < at.stop for start in starts for at in division.trained):
             return True
     return False
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from ckptgrow.errors import PlanError
-from ckptgrow.plan import Output, Part, Plan, Share, Term, unchanged
+from ckptgrow.plan import Output, Part, Plan, Share, Term, in_slices, unchanged
 from ckptgrow.proof import adds_to_one
+from ckptgrow.regions import Division, Spans, undivided
 from ckptgrow.surgery import BASE
 from ckptgrow.tensors import TensorInfo
 
-Spans = tuple[tuple[int, int], ...]
 HALF = Share(0, 2)
 
 
@@ -58,22 +58,25 @@ class _Place:
 def invert(
     grown: Plan,
     base: Mapping[str, TensorInfo],
-    trained: Mapping[str, tuple[int, Spans]],
+    trained: Mapping[str, Division],
     *,
     exact_halves: bool,
     source: str,
 ) -> Inverse:
-    """The base from the result of the Plan that grew it. `trained`: of each tensor that trains (axis, ranges)."""
-    outputs, doubtful, lost = [], [], []
+    """The base from the result of the Plan that grew it. `trained`: of each tensor that trains what of it does."""
+    outputs, doubtful, lost = list[Output](), list[str](), list[str]()
     for output in grown.outputs:
         info = base[output.name]
         if output.is_copy_of(info):
             outputs.append(unchanged(info, source))
             continue
-        _, spans = trained.get(output.name, (output.axis, ()))
-        parts, sure = _parts(output, info, spans, exact_halves, source)
+        division, runs = trained.get(output.name, undivided(output.shape, output.axis)), []
+        for rows, section, spans in division.sections(output):
+            parts, sure = _parts(section, info, spans, exact_halves, source)
+            runs.append((rows, parts))
+            doubtful += [] if sure or info.name in doubtful[-1:] else [info.name]
+        parts = in_slices(runs, output.steps[0])
         outputs.append(Output(info.name, info.dtype, info.shape, output.axis, parts))
-        doubtful += [] if sure else [info.name]
         lost += [] if all(part.terms for part in parts) else [info.name]
     return Inverse(Plan(tuple(outputs)), tuple(doubtful), tuple(lost))
 
@@ -135,7 +138,14 @@ def _composed(output: Output, made: Mapping[str, Output], source: str) -> Output
         return first
     names = {term.name for part in output.parts for term in part.terms}
     along = {name: _turned(made[name], output.axis) for name in names}
-    return replace(output, parts=tuple(p for part in output.parts for p in _through(part, along, source)))
+    cut = {name: [*inner.sections()] for name, inner in along.items()}
+    edges = {at.start for those in cut.values() for at, _ in those if at is not None}
+    runs = []
+    for rows, section in output.sections(edges):
+        row = rows.start if rows is not None else 0
+        here = {name: next(own for at, own in those if at is None or row in at) for name, those in cut.items()}
+        runs.append((rows, tuple(p for part in section.parts for p in _through(part, here, source))))
+    return replace(output, parts=in_slices(runs, output.steps[0]))
 
 
 def _turned(output: Output, axis: int) -> Output:
@@ -163,7 +173,7 @@ def _through(part: Part, made: Mapping[str, Output], source: str) -> Iterator[Pa
     """One part of the outer Plan in terms of the inner one's sources, cut where those change."""
     edges = {0, part.size}
     for term in part.terms:
-        if not isinstance(term.units, range) or term.source != source or term.share:
+        if not isinstance(term.units, range) or term.source != source or term.share or term.shift:
             raise PlanError("only stretches of one source can be traced back")
         starts = [start - term.units.start for start, _ in made[term.name].placed()]
         edges |= {edge for edge in starts if 0 < edge < part.size}

@@ -1,4 +1,4 @@
-"""Which layers grow: the words of `--layers`, and the rankings that `ckptgrow rank` writes.
+"""Which layers and experts grow: the words of `--layers` and `--experts`, and the rankings of `ckptgrow rank`.
 
 3-11,20         numbers and ranges, both ends included, counted from 0
 @ranking.json   {"layers": [best first, ...], "top": N}: its first `top` layers, all without `top`; or a bare list
@@ -19,11 +19,21 @@ _HINT = "Write numbers and ranges, such as 3-11,20, or @ranking.json."
 
 def chosen(asked: str | Iterable[int]) -> tuple[int, ...]:
     """The layers that words or numbers name, ascending. Raises RequestError where they name none."""
-    found = _read(asked) if isinstance(asked, str) else list(asked)
+    found = _read(asked, "layer") if isinstance(asked, str) else list(asked)
     if not all(map(_is_layer, found)):
         raise RequestError(f"layers {found!r}: give whole numbers from 0 up")
     if not found:
         raise RequestError("--layers names no layer", hint=_HINT)
+    return tuple(sorted(set(found)))
+
+
+def listed(asked: str) -> tuple[int, ...] | None:
+    """The experts that the words of `--experts` name, ascending; None for `all` and `shared`. Raises RequestError."""
+    if asked in ("all", "shared"):
+        return None
+    found = _read(asked, "expert", "Give all, shared, or numbers and ranges such as 0,4-7.")
+    if not found:
+        raise RequestError("--experts names no expert", hint="Give all, shared, or numbers and ranges such as 0,4-7.")
     return tuple(sorted(set(found)))
 
 
@@ -38,9 +48,9 @@ def spelled(layers: Iterable[int]) -> str:
     return ", ".join("-".join(map(str, span)) for span in spans)
 
 
-def named(layers: Collection[int]) -> str:
-    """Ascending layers as they are spoken of: layer 12, layers 3-7, 12."""
-    return f"layer{'s' if len(layers) > 1 else ''} {spelled(layers)}"
+def named(layers: Collection[int], what: str = "layer") -> str:
+    """Ascending layers (or experts) as they are spoken of: layer 12, layers 3-7, 12."""
+    return f"{what}{'s' if len(layers) > 1 else ''} {spelled(layers)}"
 
 
 def ranked(text: bytes, file: str) -> tuple[int, ...]:
@@ -58,15 +68,16 @@ def ranked(text: bytes, file: str) -> tuple[int, ...]:
     return tuple(layers[:top])
 
 
-def _read(text: str) -> list[int]:
+def _read(text: str, what: str, hint: str = _HINT) -> list[int]:
     layers: list[int] = []
     for word in text.split(",") if text.strip() else ():
         match = _SPAN.fullmatch(word)
         if match is None:
-            raise RequestError(f"--layers {text}: {word!r} is neither a layer nor a range", hint=_HINT)
+            article = "an" if what == "expert" else "a"
+            raise RequestError(f"--{what}s {text}: {word!r} is neither {article} {what} nor a range", hint=hint)
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise RequestError(f"--layers {text}: {word.strip()} runs backwards", hint=_HINT)
+            raise RequestError(f"--{what}s {text}: {word.strip()} runs backwards", hint=hint)
         layers += range(first, last + 1)
     return layers
 

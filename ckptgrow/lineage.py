@@ -21,13 +21,13 @@ from ckptgrow.errors import CkptgrowError, FormatError, PlanError, RequestError
 from ckptgrow.families import EVERY, Architecture, locate
 from ckptgrow.families.declared import recalled
 from ckptgrow.identity import Base
-from ckptgrow.manifest import EXPAND, Manifest, along, growth_of, load_manifest, manifest_file, named_in, read_mask
-from ckptgrow.plan import Output, Part, Plan, Term
+from ckptgrow.manifest import EXPAND, Manifest, growth_of, load_manifest, manifest_file, named_in
+from ckptgrow.marks import read_mask
+from ckptgrow.plan import Output, Part, Plan, Term, in_slices
+from ckptgrow.regions import Division, Spans, divided
 from ckptgrow.surgery import Growth
 from ckptgrow.tensors import TensorInfo, framed, header_length, parse_header
 from ckptgrow.trained import Trained
-
-Spans = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Past:
         return replace(self.plan, outputs=tuple(outputs))
 
     @cached_property
-    def trained(self) -> Mapping[str, tuple[int, Spans]]:
-        """Of each tensor that trains, (axis, the ranges along it that train)."""
+    def trained(self) -> Mapping[str, Division]:
+        """Of each tensor that trains, what of it does."""
         axes = {output.name: output.axis for output in self.plan.outputs}
-        return {t.name: along(t.shape, t.boxes, axes[t.name]) for t in self.manifest.trainable}
+        return {t.name: divided(t.shape, t.boxes, axes[t.name]) for t in self.manifest.trainable}
 
 
 @dataclass(frozen=True)
@@ -125,19 +125,30 @@ def made_again(manifest: Manifest, growth: Growth, file: str) -> Past:
 
 
 def _spliced(output: Output, past: Past, source: str) -> Output:
-    """One tensor of the growth in which what trains comes from the skill."""
-    _, spans = past.trained.get(output.name, (0, ()))
-    parts, taken = [], 0
+    """One tensor of the growth in which what trains comes from the skill, which has only the slices that train."""
+    division = past.trained.get(output.name)
+    if division is None:
+        return output
+    runs, before = [], 0  # slices that the skill does not have
+    for rows, section, spans in division.sections(output):
+        shift = before if spans else 0
+        runs.append((rows, tuple(_inserted(section, spans, source, shift))))
+        before += 0 if spans or rows is None else len(rows)
+    return replace(output, parts=in_slices(runs, output.steps[0]))
+
+
+def _inserted(output: Output, spans: Spans, source: str, shift: int) -> Iterator[Part]:
+    taken = 0
     for start, part in output.placed():
         inside = [span for span in spans if span[0] < start + part.size and start < span[1]]
         if not inside or not part.size:
-            parts.append(part)
+            yield part
             continue
         if not inside[0][0] <= start or start + part.size > inside[0][1]:
             raise PlanError("a box ends within what was copied at once", tensor=output.name)
-        parts.append(Part(part.size, (Term(source, output.name, range(taken, taken + part.size)),), part.grown))
+        units = range(taken, taken + part.size)
+        yield Part(part.size, (Term(source, output.name, units, shift=shift),), part.grown)
         taken += part.size
-    return replace(output, parts=tuple(parts))
 
 
 def architecture_of(manifest: Manifest) -> Architecture:

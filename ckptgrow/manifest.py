@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from typing import Any
 from ckptgrow.checkpoint import MANIFEST, Checkpoint, digest_of
 from ckptgrow.config import edited, set_value
 from ckptgrow.errors import FormatError, RequestError
-from ckptgrow.families import Architecture, Mlp, in_memory_name, ties
+from ckptgrow.families import Architecture, in_memory_name, ties
 from ckptgrow.families.declared import outside
 from ckptgrow.identity import Base
-from ckptgrow.plan import Output, Plan
-from ckptgrow.policy import Box, boxes, kinds, rule_for
-from ckptgrow.proof import picks
+from ckptgrow.layers import listed
+from ckptgrow.plan import Plan
+from ckptgrow.policy import Box, kinds, rule_for
 from ckptgrow.surgery import Growth
 
 SCHEMA = 1
@@ -39,6 +39,7 @@ class GrownBlock:
     """One MLP: its width before and after, and which base unit each new unit copies, as ranges of equal length.
 
     `filled`: the new units have zero columns and train nothing; they only make the MLP as wide as those that grew.
+    `experts`: the ones that grew of those stacked in it, where the others are filled.
     """
 
     block: str
@@ -47,6 +48,19 @@ class GrownBlock:
     new_width: int
     copies: tuple[Mapping[str, tuple[int, int]], ...]
     filled: bool = False
+    experts: tuple[int, ...] | None = None
+
+    @property
+    def grew(self) -> tuple[str, ...]:
+        """The MLP by its name, or those of the experts stacked in it that grew; none where it was only filled up."""
+        if self.experts is not None:
+            return tuple(f"{self.block}[{expert}]" for expert in self.experts)
+        return () if self.filled else (self.block,)
+
+    def to_json(self) -> dict[str, Any]:
+        """`experts` only where there are some: the file of a growth of all is what it always was."""
+        described = asdict(self)
+        return described if self.experts is not None else {k: v for k, v in described.items() if k != "experts"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +83,7 @@ class Trainable:
 class Counts:
     """Elements of the grown checkpoint, and of the base; the share is of the base's parameters.
 
-    `filled` of the frozen ones are the filling of layers that did not grow, and take `filled_bytes`.
+    `filled` of the frozen ones are the filling of layers and experts that did not grow, and take `filled_bytes`.
     """
 
     trainable: int
@@ -105,8 +119,15 @@ class Manifest:
     skills: tuple[Mapping[str, Any], ...] = ()  # of a merge: each skill's manifest, growth and weight
     _file: str | None = field(default=None, init=False, compare=False, repr=False)  # a changed copy does not have it
 
+    @property
+    def experts(self) -> tuple[int, ...] | None:
+        """The experts that grew, where others beside them did not."""
+        grown = {block.layer for block in self.blocks if not block.filled}
+        some = any(block.experts or (block.filled and block.layer in grown) for block in self.blocks)
+        return listed(self.growth.get("experts", "all")) if some else None
+
     def to_json(self) -> dict[str, Any]:
-        described = asdict(self)
+        described = asdict(self) | {"blocks": tuple(block.to_json() for block in self.blocks)}
         del described["_file"]
         return described
 
@@ -123,10 +144,11 @@ class Manifest:
         return digest_of(self.text().encode())
 
     def config_entry(self, architecture: Architecture) -> dict[str, Any]:
-        """What config.json gets under `ckptgrow`; `grown_layers` where not all grew."""
+        """What config.json gets under `ckptgrow`; `grown_layers` and `grown_experts` where not all grew."""
         base_width = {group.path: group.value_of(architecture.widths) for group in architecture.groups}
         entry: dict[str, Any] = {"manifest": self.digest, "base_width": base_width}
-        return entry if self.layers is None else entry | {"grown_layers": [*self.layers]}
+        entry |= {} if self.layers is None else {"grown_layers": [*self.layers]}
+        return entry if architecture.listed is None else entry | {"grown_experts": [*architecture.listed]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,17 +158,6 @@ class Grown:
     blocks: tuple[GrownBlock, ...]
     trainable: tuple[Trainable, ...]
     counts: Counts
-
-
-def read_mask(plan: Plan, base: Checkpoint, architecture: Architecture, growth: Growth) -> Grown:
-    """The freeze mask and its counts: a reading of the Plan with the policy."""
-    members = {output.name: output for output in plan.outputs if output.member}
-    blocks = tuple(_block(members, mlp, base) for mlp in architecture.mlps if members.keys() & mlp.tensors.keys())
-    trainable = tuple(_trainable(members.values(), growth))
-    count, total = sum(tensor.elements for tensor in trainable), sum(output.info.elements for output in plan.outputs)
-    share = round(count / base.parameters, 6)
-    counts = Counts(count, total - count, base.parameters, share, *_filled(members.values(), base))
-    return Grown(blocks, trainable, counts)
 
 
 def describe(
@@ -289,27 +300,9 @@ def check_described(grown: Checkpoint, manifest: Manifest) -> None:
             )
 
 
-def along(shape: tuple[int, ...], boxes: tuple[Box, ...], axis: int = 0) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """(axis, ranges in order): boxes read back as ranges along one axis, whole across the others.
-
-    Where the box is the whole tensor it may be any axis: it is `axis`. The inverse of policy.boxes.
-    Raises FormatError for boxes that are none, overlap, are empty or leave the tensor.
-    """
-    partial = {axis for box in boxes for axis, span in enumerate(box) if span != (0, shape[axis])}
-    axis = min(partial, default=axis)
-    spans = tuple(sorted(box[axis] for box in boxes))
-    ends = [0, *(end for span in spans for end in span), shape[axis]]
-    if len(partial) > 1 or ends != sorted(ends) or any(start == stop for start, stop in spans):
-        raise FormatError(f"boxes {boxes} are not ranges along one axis of {shape}")
-    return axis, spans
-
-
 def _typed(described: dict[str, Any]) -> Manifest:
     """The frozen value of what `Manifest.to_json` made; lists become tuples again."""
-    copied = [
-        GrownBlock(**{**block, "copies": tuple({k: (v[0], v[1]) for k, v in run.items()} for run in block["copies"])})
-        for block in described["blocks"]
-    ]
+    copied = [_grown_block(block) for block in described["blocks"]]
     trainable = [
         Trainable(**{**tensor, "shape": tuple(tensor["shape"]), "boxes": tuple(map(_box, tensor["boxes"]))})
         for tensor in described["trainable"]
@@ -320,6 +313,12 @@ def _typed(described: dict[str, Any]) -> Manifest:
     typed |= {"skills": tuple(described.get("skills", ()))}
     typed |= {"layers": tuple(described["layers"])} if described.get("layers") else {}
     return Manifest(**{**described, **typed})
+
+
+def _grown_block(block: Mapping[str, Any]) -> GrownBlock:
+    copies = tuple({k: (v[0], v[1]) for k, v in run.items()} for run in block["copies"])
+    experts = block.get("experts")
+    return GrownBlock(**{**block, "copies": copies, "experts": None if experts is None else tuple(experts)})
 
 
 def _box(spans: list[list[int]]) -> Box:
@@ -347,31 +346,6 @@ def _rules(architecture: Architecture, growth: Growth) -> Iterator[str]:
             for count, _ in kinds(old, growth.new_width(old)):
                 if count > 1:
                     yield "even" if group.grain > 1 else rule_for(count, growth.rules, growth.shares)
-
-
-def _block(outputs: Mapping[str, Output], mlp: Mlp, base: Checkpoint) -> GrownBlock:
-    """The copies of one MLP, read off the first of its gate or up projections."""
-    first = next(outputs[name] for name in mlp.tensors if name != mlp.down)
-    runs = picks(first, base.infos)
-    copies = tuple(
-        {"new": (run.start, run.stop), "base": (run.unit, run.unit + run.stop - run.start)}
-        for run in runs
-        if run.start >= mlp.width
-    )
-    return GrownBlock(mlp.block, mlp.layer, mlp.width, runs[-1].stop, copies, filled=not first.grown())
-
-
-def _filled(outputs: Iterable[Output], base: Checkpoint) -> tuple[int, int]:
-    """(elements, bytes) by which MLPs that do not grow become larger."""
-    pairs = [(output.info, base.infos[output.name]) for output in outputs if not output.grown()]
-    return sum(new.elements - old.elements for new, old in pairs), sum(new.nbytes - old.nbytes for new, old in pairs)
-
-
-def _trainable(outputs: Iterable[Output], growth: Growth) -> Iterator[Trainable]:
-    for output in outputs:
-        member, found = output.member, boxes(output, growth.rules)
-        if member and found:
-            yield Trainable(output.name, member.role, member.layer, output.shape, output.dtype, found)
 
 
 def _spread(value: Any) -> str:

@@ -24,7 +24,8 @@ from itertools import cycle, pairwise
 from ckptgrow.errors import CkptgrowError, RequestError
 from ckptgrow.families import Architecture, Group, Mlp
 from ckptgrow.inversion import HALF
-from ckptgrow.plan import Edit, Output, Part, Plan, Share, Term, unchanged
+from ckptgrow.plan import Edit, Output, Part, Plan, Share, Term, in_slices, unchanged
+from ckptgrow.proof import experts_of
 from ckptgrow.surgery import BASE
 from ckptgrow.tensors import TensorInfo
 
@@ -33,17 +34,33 @@ from ckptgrow.tensors import TensorInfo
 class Ingredient:
     """One skill: the outputs of its trained checkpoint, its weight, and whether the halves of its growth are exact.
 
-    `moved_rows` names the MLPs of which it trained the base's own rows of gate or up.
+    `moved_rows` names the MLPs of which it trained the base's own rows of gate or up. With `expert` it is what that one
+    of the experts in an MLP's tensors has.
     """
 
     outputs: Mapping[str, Output]
     weight: Fraction
     exact_halves: bool
     moved_rows: frozenset[str]
+    expert: int | None = None
+
+    def apart(self, mlp: Mlp) -> dict[int | None, Ingredient]:
+        """The same for each expert in the MLP's tensors; under None where all of them are alike."""
+        flat = any(slot.flat for slot in mlp.tensors.values())
+        return {
+            expert: replace(self, outputs=own, expert=expert)
+            for experts, own in experts_of(self.outputs, mlp)
+            for expert in (mlp.numbers if flat else experts)
+        }
 
     def grew(self, mlp: Mlp) -> bool:
         """Whether it has units of its own in that MLP."""
-        return bool(self._any(mlp).member and self._any(mlp).grown())
+        output = self._any(mlp)
+        if output.member is None:
+            return False
+        lanes = [*output.lanes()]
+        own = [lanes[i] for i in lanes_of(mlp, output.name, self.expert)]
+        return any(start < b and a < stop for _, start, stop in own for a, b in output.grown())
 
     def first(self, mlp: Mlp) -> int:
         """The first unit that is the skill's own and not the base's."""
@@ -60,12 +77,13 @@ class Ingredient:
 
 @dataclass(frozen=True)
 class _Mix:
-    """One MLP and the skills that grew it; `rigid`: it is no sum over its units."""
+    """One MLP, or an expert in its tensors, and the skills that grew it; `rigid`: it is no sum over its units."""
 
     mlp: Mlp
     infos: Mapping[str, TensorInfo]
     skills: tuple[Ingredient, ...]
     rigid: bool
+    expert: int | None
 
     @property
     def alone(self) -> bool:
@@ -79,7 +97,7 @@ class _Mix:
             part.terms
             for name, slot in self.mlp.tensors.items()
             if slot.shared
-            for lane in range(len(slot.lanes))
+            for lane in lanes_of(self.mlp, name, self.expert)
             for part in _columns(self.mlp, self.infos[name], lane, self.skills)
         )
 
@@ -95,31 +113,47 @@ def merge(infos: Mapping[str, TensorInfo], architecture: Architecture, skills: S
     made: dict[str, Output] = {}
     edits = [*architecture.retold]
     for group in architecture.groups:
-        mixes = [_mix(mlp, infos, skills, architecture) for mlp in group.mlps]
+        mixes = [mix for mlp in group.mlps for mix in _mixes(mlp, infos, skills, architecture)]
         if not any(mix.skills for mix in mixes):
             continue
         # an expert without down has no column to tell: it keeps step with the others, whose rows a loader stacks
         spare = any(mix.kept for mix in mixes)
-        kept = {mix.mlp.block: mix.kept if mix.mlp.down else spare for mix in mixes}
-        widths = _widths(group, mixes, {mix.mlp.block: mix.needed(kept[mix.mlp.block]) for mix in mixes})
+        kept = [mix.kept if mix.mlp.down else spare for mix in mixes]
+        needed: dict[str, int] = {}
+        for mix, own in zip(mixes, kept, strict=True):
+            needed[mix.mlp.block] = max(mix.needed(own), needed.get(mix.mlp.block, 0))
+        widths = _widths(group, mixes, needed)
         edits += [Edit(*edit) for edit in group.edits(widths).items()]
-        for mix in mixes:
-            block, mlp = mix.mlp.block, mix.mlp
-            for name in mlp.tensors if mix.skills or widths[block] != mlp.width else ():
-                made[name] = _merged(mix, name, kept[block], widths[block])
+        for mlp in group.mlps:
+            mine = [(mix, own) for mix, own in zip(mixes, kept, strict=True) if mix.mlp is mlp]
+            changes = any(mix.skills for mix, _ in mine) or widths[mlp.block] != mlp.width
+            for name in mlp.tensors if changes else ():
+                made[name] = _merged(mine, infos[name], mlp, widths[mlp.block])
     return Plan(tuple(made.get(name) or unchanged(info, BASE) for name, info in infos.items()), tuple(edits))
 
 
-def _mix(mlp: Mlp, infos: Mapping[str, TensorInfo], skills: Sequence[Ingredient], architecture: Architecture) -> _Mix:
+def _mixes(
+    mlp: Mlp, infos: Mapping[str, TensorInfo], skills: Sequence[Ingredient], architecture: Architecture
+) -> Iterator[_Mix]:
+    """The MLP, or where a skill did not grow all experts in its tensors alike each expert by itself."""
     rigid = architecture.family.statistics or mlp.site.template.normed
-    mix = _Mix(mlp, infos, tuple(skill for skill in skills if skill.weight and skill.grew(mlp)), rigid)
-    if rigid and mix.skills and not mix.alone:
-        raise RequestError(
-            "it takes statistics over its units, so it is no sum that could be merged",
-            tensor=mlp.block,
-            hint="Only one skill can have it, with weight 1.",
-        )
-    return mix
+    apart = [skill.apart(mlp) for skill in skills if skill.weight]
+    for expert in next((mlp.numbers for own in apart if None not in own), (None,)):
+        own = [those[expert] if expert in those else those[None] for those in apart]
+        mix = _Mix(mlp, infos, tuple(skill for skill in own if skill.grew(mlp)), rigid, expert)
+        if rigid and mix.skills and not mix.alone:
+            raise RequestError(
+                "it takes statistics over its units, so it is no sum that could be merged",
+                tensor=mlp.block,
+                hint="Only one skill can have it, with weight 1.",
+            )
+        yield mix
+
+
+def lanes_of(mlp: Mlp, name: str, expert: int | None) -> Sequence[int]:
+    """The lanes of a tensor that are an expert's: one of a flat tensor, of any other all."""
+    slot = mlp.tensors[name]
+    return (expert,) if slot.flat and expert is not None else range(len(slot.lanes))
 
 
 def _widths(group: Group, mixes: Sequence[_Mix], needed: Mapping[str, int]) -> dict[str, int]:
@@ -141,12 +175,27 @@ def _widths(group: Group, mixes: Sequence[_Mix], needed: Mapping[str, int]) -> d
     raise RequestError(f"{group.path} cannot say a width of {least:,} units or some more", tensor=group.mlps[0].block)
 
 
-def _merged(mix: _Mix, name: str, kept: bool, width: int) -> Output:
-    """One tensor: in each lane the base's units, each skill's own, and the filling."""
+def _merged(mixes: Sequence[tuple[_Mix, bool]], info: TensorInfo, mlp: Mlp, width: int) -> Output:
+    """One tensor: what each expert in it, with the base's own units or without them, has in its slices or lanes."""
+    slot = mlp.tensors[info.name]
+    made, parts = [_units(mix, info.name, kept, width) for mix, kept in mixes], tuple[Part, ...]()
+    if slot.flat:
+        parts = tuple(part for own in made for part in own)
+    else:
+        outer = info.around(slot.axis)[0]
+        each = outer // len(made)
+        parts = in_slices(((range(i * each, (i + 1) * each), own) for i, own in enumerate(made)), outer)
+    lane = int(width * slot.places)
+    shape = tuple(lane * len(slot.lanes) if axis == slot.axis else size for axis, size in enumerate(info.shape))
+    return Output(info.name, info.dtype, shape, slot.axis, parts, mlp.member(info.name))
+
+
+def _units(mix: _Mix, name: str, kept: bool, width: int) -> tuple[Part, ...]:
+    """In each lane the base's units, each skill's own, and the filling."""
     mlp, info, slot = mix.mlp, mix.infos[name], mix.mlp.tensors[name]
     old, new = (int(units * slot.places) for units in (mlp.width, width))
     parts: list[Part] = []
-    for lane in range(len(slot.lanes)):
+    for lane in lanes_of(mlp, name, mix.expert):
         mine: list[Part] = []
         rows = [Part(old, (Term(BASE, name, range(lane * old, (lane + 1) * old)),))]
         if mix.alone:
@@ -158,8 +207,7 @@ def _merged(mix: _Mix, name: str, kept: bool, width: int) -> Output:
         free = new - sum(part.size for part in mine)
         filling = [Part(free)] if slot.shared else _again(mine if mix.rigid else rows, free)
         parts += [*mine, *(filling if free else ())]
-    shape = tuple(new * len(slot.lanes) if axis == slot.axis else size for axis, size in enumerate(info.shape))
-    return Output(name, info.dtype, shape, slot.axis, tuple(parts), mlp.member(name))
+    return tuple(parts)
 
 
 def _again(parts: Sequence[Part], size: int) -> Iterator[Part]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, Literal
 
 from ckptgrow.errors import PlanError
@@ -52,13 +53,17 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """scale x share of the picked `units` of tensor `name` in checkpoint `source`; one scale for all, or one a unit."""
+    """scale x share of the picked `units` of tensor `name` in checkpoint `source`; one scale for all, or one a unit.
+
+    The output's slice s before the axis is made of the source's slice s - `shift`.
+    """
 
     source: str
     name: str
     units: Units
     scale: float | tuple[float, ...] = 1.0
     share: Share | None = None
+    shift: int = 0
 
     @property
     def is_bytes(self) -> bool:
@@ -151,8 +156,22 @@ class Output:
             start, slices = start + part.size, part.slices
 
     def grown(self) -> tuple[tuple[int, int], ...]:
-        """The [start, stop) ranges of new places, neighbours joined."""
-        return joined((start, start + part.size) for start, part in self.placed() if part.grown)
+        """The [start, stop) ranges of places that are new in any slice, neighbours joined."""
+        return joined(sorted((start, start + part.size) for start, part in self.placed() if part.grown))
+
+    def sections(self, edges: Iterable[int] = ()) -> Iterator[tuple[range | None, Output]]:
+        """Each run of slices before the axis, cut further at `edges`, and the output as it is there: its parts have no
+        slices of their own. None where all slices are alike; of the shape nothing changes."""
+        whole = range(self.steps[0])
+        runs = dict.fromkeys(part.slices for part in self.parts)
+        for run in runs:
+            own = replace(self, parts=tuple(replace(part, slices=None) for part in self.parts if part.slices == run))
+            around = whole if run is None else run
+            cuts = sorted({around.start, around.stop} | {edge for edge in edges if edge in around})
+            if run is None and len(cuts) < 3:
+                yield None, own
+            else:
+                yield from ((range(*span), own) for span in pairwise(cuts))
 
     @property
     def lane_count(self) -> int:
@@ -221,6 +240,23 @@ def joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(result)
 
 
+def in_slices(runs: Iterable[tuple[range | None, tuple[Part, ...]]], outer: int) -> tuple[Part, ...]:
+    """The parts of an output of which each run of its `outer` slices is made by itself; runs that are alike joined.
+
+    The inverse of `Output.sections`: the runs follow one another.
+    """
+    kept: list[tuple[range, tuple[Part, ...]]] = []
+    for rows, parts in runs:
+        rows = range(outer) if rows is None else rows
+        if kept and kept[-1][1] == parts:
+            kept[-1] = range(kept[-1][0].start, rows.stop), parts
+        elif rows:
+            kept.append((rows, parts))
+    if len(kept) == 1:
+        return kept[0][1]
+    return tuple(replace(part, slices=rows) for rows, parts in kept for part in parts)
+
+
 def unchanged(info: TensorInfo, source: str = "base") -> Output:
     """The output that is this tensor of `source`, byte for byte."""
     _, extent, _ = info.around(0)
@@ -257,8 +293,12 @@ def _check_term(output: Output, part: Part, term: Term, sources: Sources) -> Non
     info = sources.get(term.source, {}).get(term.name)
     if info is None:
         raise PlanError(f"{term.source!r} has no tensor {term.name}")
-    others = info.shape[: output.axis] + info.shape[output.axis + 1 :]
-    if len(info.shape) != len(output.shape) or others != output.shape[: output.axis] + output.shape[output.axis + 1 :]:
+    mine, its = (list(shape[: output.axis] + shape[output.axis + 1 :]) for shape in (output.shape, info.shape))
+    rows, there = part.rows(range(output.steps[0])), range(info.around(output.axis)[0]) if info.shape else range(1)
+    inside = not rows or (rows.start - term.shift in there and rows.stop - 1 - term.shift in there)
+    if output.axis and inside and (term.shift or part.slices is not None):
+        mine[0] = its[0]  # only some slices of it are taken
+    if len(info.shape) != len(output.shape) or mine != its or not inside:
         raise PlanError(f"{term.name} {list(info.shape)} does not fit {list(output.shape)} along axis {output.axis}")
     extent = info.shape[output.axis] if info.shape else 1
     if len(term.units) != part.size:
@@ -298,7 +338,7 @@ def _term_json(term: Term) -> dict[str, Any]:
         described["scale"] = term.scale if isinstance(term.scale, float) else [*term.scale]
     if term.share:
         described["share"] = _share_json(term.share)
-    return described
+    return described | ({"shift": term.shift} if term.shift else {})
 
 
 def _share_json(share: Share) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A policy says which parts of which roles train; the boxes of the freeze mask are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -58,20 +59,30 @@ def boxes(output: Output, policy: Policy) -> tuple[Box, ...]:
     Where there are no new units nothing trains, whatever the policy: the MLP did not grow, or was only filled up.
     Raises RequestError where only one of two interleaved projections would train: that is no range.
     """
-    if not output.grown():
-        return ()
-    spans = joined(span for lane in output.lanes() for span in _trained(output, policy, *lane))
-    return across(output.shape, output.axis, spans)
+    found: list[Box] = []
+    for rows, section in output.sections():
+        if section.grown():
+            spans = joined(span for lane in section.lanes() for span in _trained(section, policy, *lane))
+            found += across(output.shape, output.axis, spans, rows)
+    return tuple(found)
 
 
-def across(shape: tuple[int, ...], axis: int, spans: Iterable[tuple[int, int]]) -> tuple[Box, ...]:
-    """Ranges along one axis as boxes, whole across the other dimensions."""
+def across(
+    shape: tuple[int, ...], axis: int, spans: Iterable[tuple[int, int]], rows: range | None = None
+) -> tuple[Box, ...]:
+    """Ranges along one axis as boxes, whole across the other dimensions.
+
+    With `rows` only in these slices before the axis, a whole number of the slices of one place of the first dimension.
+    """
     whole = [(0, size) for size in shape]
+    if rows is not None and axis:
+        each = math.prod(shape[1:axis])
+        whole[0] = (rows.start // each, rows.stop // each)
     return tuple((*whole[:axis], span, *whole[axis + 1 :]) for span in spans)
 
 
 def _trained(output: Output, policy: Policy, lane: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The [start, stop) ranges of one lane that train."""
+    """The [start, stop) ranges of one lane that train: none where none is new, as of an expert that is filled."""
     extents = {policy.trains.get(projection) for projection in lane.split("_")}
     if len(extents) > 1:
         raise RequestError(
@@ -79,11 +90,9 @@ def _trained(output: Output, policy: Policy, lane: str, start: int, stop: int) -
             tensor=output.name,
             hint="Choose a policy that trains both.",
         )
-    extent = extents.pop()
-    if extent == "all":
-        yield start, stop
-    elif extent == "new":
-        yield from ((max(a, start), min(b, stop)) for a, b in output.grown() if a < stop and b > start)
+    extent, new = extents.pop(), [(max(a, start), min(b, stop)) for a, b in output.grown() if a < stop and b > start]
+    if extent is not None and new:
+        yield from [(start, stop)] if extent == "all" else new
 
 
 def shares(copies: int, policy: Policy, choice: ShareChoice, seed: int) -> Iterator[Share | None]:
@@ -120,10 +129,16 @@ def rule_for(copies: int, policy: Policy, choice: ShareChoice) -> Rule:
 
 
 def said(
-    old: int, new: int, policy: Policy, choice: ShareChoice, layers: tuple[int, ...] | None = None
+    old: int,
+    new: int,
+    policy: Policy,
+    choice: ShareChoice,
+    layers: tuple[int, ...] | None = None,
+    experts: tuple[int, ...] | None = None,
 ) -> Iterator[str]:
     """How the columns of down are shared out, and why: a sentence for each number of copies that occurs."""
-    where = f" in {named(layers)}" if layers else ""
+    where = f" of {named(experts, 'expert')}" if experts else ""
+    where += f" in {named(layers)}" if layers else ""
     for count, units in kinds(old, new):
         if count == 1:
             yield f"the other {len(units):,} units{where} are not copied"

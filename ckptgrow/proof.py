@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -75,13 +75,40 @@ def _prove_mlp(
     for name in mlp.tensors:
         if outputs[name].member != mlp.member(name) or outputs[name].dtype != base[name].dtype:
             raise PlanError("it does not stay what it is in its MLP", tensor=name)
-        if any(part.slices is not None for part in outputs[name].parts):
-            raise PlanError("experts of one stack would copy different units", tensor=name)
+    often = architecture.family.statistics or mlp.site.template.normed
+    widths = {_prove_alike(own, mlp, base, often) for _, own in experts_of(outputs, mlp)}
+    if len(widths) > 1:
+        raise PlanError("experts of one stack would have several widths", tensor=mlp.block)
+    return widths.pop()
+
+
+def experts_of(outputs: Mapping[str, Output], mlp: Mlp) -> Iterator[tuple[tuple[int | None, ...], dict[str, Output]]]:
+    """The tensors of an MLP; of a stack in which experts are not all alike, those alike together, and their outputs.
+
+    Raises PlanError where a run of slices ends within an expert.
+    """
+    alike: dict[tuple[Output, ...], list[int | None]] = defaultdict(list)
+    cut = {name: [*outputs[name].sections()] for name in mlp.tensors}
+    for expert in mlp.numbers if any(len(sections) > 1 for sections in cut.values()) else (None,):
+        own = []
+        for name, sections in cut.items():
+            each = outputs[name].steps[0] // mlp.experts
+            rows = range((expert or 0) * each, ((expert or 0) + 1) * each)
+            found = [s for run, s in sections if run is None or (rows.start in run and rows[-1] in run)]
+            if len(found) != 1:
+                raise PlanError("a run of slices ends within an expert", tensor=name)
+            own += found
+        alike[tuple(own)].append(expert)
+    yield from ((tuple(experts), dict(zip(cut, own, strict=True))) for own, experts in alike.items())
+
+
+def _prove_alike(outputs: Mapping[str, Output], mlp: Mlp, base: Mapping[str, TensorInfo], often: bool) -> int:
+    """M·S = I for experts that are alike; returns their new width."""
     agreed = {picks(outputs[name], base): name for name in mlp.tensors if name != mlp.down}
     if len(agreed) != 1:
         raise PlanError(f"these copy different units: {', '.join(agreed.values())}")
     (runs,) = agreed
-    if architecture.family.statistics or mlp.site.template.normed:
+    if often:
         _prove_equally_often(runs, mlp)
     if not mlp.down:
         return runs[-1].stop
@@ -105,27 +132,47 @@ def _prove_equally_often(runs: tuple[Run, ...], mlp: Mlp) -> None:
 def prove_marks(plan: Plan, architecture: Architecture, layers: Collection[int] | None = None) -> None:
     """Raise PlanError unless marked as grown, in each lane of each MLP, is exactly what lies behind the old width.
 
-    The freeze mask is read from these marks. Only MLPs of `layers` (None: all) may have any; what the others have
-    behind their old width must be filling, whose columns of down are zero (METHOD.md 7).
+    The freeze mask is read from these marks. Only MLPs of `layers` (None: all), and of experts those listed, may
+    have any; what the others have behind their old width must be filling, whose columns of down are zero (METHOD.md 7).
     """
-    mlps = {name: mlp for mlp in architecture.mlps for name in mlp.tensors}
+
+    def grows(mlp: Mlp, expert: int | None) -> bool:
+        return (layers is None or mlp.layer in layers) and architecture.grows(mlp, expert)
+
+    outputs = plan.named
     for output in plan.outputs:
-        mlp = mlps.get(output.name)
-        grows = mlp is None or layers is None or mlp.layer in layers
-        old = int(mlp.width * mlp.tensors[output.name].places) if mlp else 0
-        behind = tuple((start + old, stop) for _, start, stop in output.lanes()) if mlp else ()
-        if output.grown() != (behind if grows else ()):
-            raise PlanError(f"marked as grown is {output.grown()}, new is {behind}", tensor=output.name)
-        if mlp and grows and not behind:
-            raise PlanError("its layer was to grow and does not", tensor=output.name)
-        if mlp and not grows and output.name == mlp.down:
-            _prove_filling(output, behind)
+        if output.name not in architecture.names and output.grown():
+            raise PlanError(f"marked as grown is {output.grown()}, new is ()", tensor=output.name)
+    for mlp in architecture.mlps:
+        for experts, own in experts_of(outputs, mlp):
+            for output in own.values():
+                _prove_marks(output, mlp, experts, grows)
+
+
+def _prove_marks(
+    output: Output, mlp: Mlp, experts: tuple[int | None, ...], grows: Callable[[Mlp, int | None], bool]
+) -> None:
+    """The marks of one tensor in experts that are alike; where each expert is a lane, of all of them."""
+    slot, lanes = mlp.tensors[output.name], [*output.lanes()]
+    old = int(mlp.width * slot.places)
+    several = slot.flat and len(lanes) == len(mlp.numbers)
+    growing = [grows(mlp, expert) for expert in (mlp.numbers if several or experts == (None,) else experts)]
+    if not several and len({*growing}) > 1:
+        raise PlanError("an expert that was to grow does not, or the other way round", tensor=output.name)
+    behind = [(start + old, stop) for _, start, stop in lanes]
+    wanted = [span for i, span in enumerate(behind) if growing[i if several else 0] and span[0] < span[1]]
+    if output.grown() != tuple(wanted):
+        raise PlanError(f"marked as grown is {output.grown()}, new is {tuple(wanted)}", tensor=output.name)
+    if any(growing) and not wanted:
+        raise PlanError("its layer was to grow and does not", tensor=output.name)
+    if output.name == mlp.down:
+        _prove_filling(output, tuple(span for span in behind if span not in wanted))
 
 
 def _prove_filling(down: Output, behind: tuple[tuple[int, int], ...]) -> None:
     filled = ((start, start + part.size) for start, part in down.placed() if part.terms and part.size)
     if any(first < stop and last > start for first, last in filled for start, stop in behind):
-        raise PlanError("the filling of a layer that does not grow has columns that are not zero", tensor=down.name)
+        raise PlanError("the filling of what does not grow has columns that are not zero", tensor=down.name)
 
 
 def picks(output: Output, base: Mapping[str, TensorInfo]) -> tuple[Run, ...]:

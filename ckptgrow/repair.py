@@ -19,8 +19,9 @@ from ckptgrow.errors import PlanError, RequestError
 from ckptgrow.execute import write_shards
 from ckptgrow.layout import INDEX, Layout, Shard, lay
 from ckptgrow.manifest import CONFIG_KEY
-from ckptgrow.plan import Output, Part, Plan, Term, unchanged
+from ckptgrow.plan import Output, Part, Plan, Term, in_slices, unchanged
 from ckptgrow.progress import uncounted
+from ckptgrow.regions import between
 from ckptgrow.respelled import Respelled
 from ckptgrow.staging import Staging, check_space
 from ckptgrow.traces import CAUSES
@@ -70,10 +71,14 @@ def renewal(job: Job, drifted: tuple[Pair, ...]) -> Plan:
 
 
 def _restored(pair: Pair, name: str) -> Output:
-    spans = [(span, GROWN, pair.grown.name) for span in pair.frozen]
-    spans += [(span, TRAINED, pair.trained.name) for span in pair.trainable]
-    parts = tuple(Part(b - a, (Term(source, owner, range(a, b)),)) for (a, b), source, owner in sorted(spans))
-    return Output(name, pair.trained.dtype, pair.trained.shape, pair.axis, parts)
+    division, runs = pair.division, list[tuple[range | None, tuple[Part, ...]]]()
+    for rows, spans in division.runs:
+        places = [(span, GROWN, pair.grown.name) for span in between(spans, division.extent)]
+        places += [(span, TRAINED, pair.trained.name) for span in spans]
+        parts = (Part(b - a, (Term(source, owner, range(a, b)),)) for (a, b), source, owner in sorted(places))
+        runs.append((rows, tuple(parts)))
+    whole = Output(name, pair.trained.dtype, pair.trained.shape, division.axis, ())
+    return replace(whole, parts=in_slices(runs, whole.steps[0]))
 
 
 def repair(job: Job, seen: Audit, drifted: tuple[Pair, ...], out: Path, progress: Progress) -> None:

@@ -78,6 +78,7 @@ class Proposal:
     trainable: int
     trainable_share_of_base: float
     layers_filled: tuple[int, ...]  # these only become as wide as those that grow
+    experts_grown: tuple[int, ...] | None  # where not all do: the others only become as wide
     parameters_filled: int
     bytes_filled: int
     bytes_to_write: int
@@ -91,7 +92,7 @@ class Proposal:
     def to_json(self) -> dict[str, Any]:
         """Everything, the whole Plan included."""
         shown = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
-        return shown | {"blocks": [asdict(block) for block in self.blocks], "plan": self.plan.to_json()}
+        return shown | {"blocks": [block.to_json() for block in self.blocks], "plan": self.plan.to_json()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ everything outside the boxes is bit for bit what the growth made of the base.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +29,13 @@ from ckptgrow.folding import FLOAT32, widened
 from ckptgrow.ingredients import recalled
 from ckptgrow.inversion import Inverse, invert
 from ckptgrow.layout import Layout, Shard
-from ckptgrow.lineage import Past, Spans, check_growth, find_manifest, recall, stranger
+from ckptgrow.lineage import Past, check_growth, find_manifest, recall, stranger
 from ckptgrow.manifest import CONFIG_KEY, grown_config, load_manifest
 from ckptgrow.matching import Renamed
-from ckptgrow.plan import Output, Part, Plan, Term, unchanged
+from ckptgrow.plan import Output, Part, Plan, Term, in_slices, unchanged
 from ckptgrow.progress import uncounted
 from ckptgrow.reference import Reference, Regrown, regrown
+from ckptgrow.regions import Division
 from ckptgrow.reversal import gone, named
 from ckptgrow.tensors import TensorInfo, arrange
 from ckptgrow.trained import Trained, open_trained
@@ -82,10 +84,10 @@ def from_itself(past: Past, text: bytes, trained: Renamed) -> tuple[Reference, t
 
 
 def _moved(past: Past, inverse: Inverse, trained: Tensors) -> Iterator[Finding]:
-    told, grown = past.manifest.base.digests, past.plan.named
+    told = past.manifest.base.digests
     for output in inverse.plan.outputs:
-        axis, spans = past.trained.get(output.name, (0, ()))
-        if spans and spans == ((0, grown[output.name].shape[axis]),):
+        division = past.trained.get(output.name)
+        if division is not None and division.whole:
             continue  # nothing of it is frozen
         if digest_of_output(output, {TRAINED: trained}) == told[output.name]:
             continue
@@ -116,7 +118,7 @@ def moved(reference: Reference, trained: Trained, progress: Progress) -> tuple[F
 
 def layout_of(past: Past, text: bytes, trained: Renamed) -> Layout:
     """The skill's one file, in the trained dtypes. A Plan of the source TRAINED."""
-    outputs = tuple(_boxed(name, trained.infos[name], *past.trained[name]) for name in past.trained)
+    outputs = tuple(_boxed(name, trained.infos[name], past.trained[name]) for name in past.trained)
     dtypes = _foreign(past, trained)
     told = json.dumps({"manifest": digest_of(text), "dtypes": dtypes}, sort_keys=True)
     header = arrange((output.info for output in outputs), {"format": "pt", METADATA_KEY: told})
@@ -130,15 +132,32 @@ def _foreign(past: Past, trained: Tensors) -> dict[str, str]:
     return {name: info.dtype for name, info in trained.infos.items() if info.dtype != grown[name].dtype}
 
 
-def _boxed(name: str, info: TensorInfo, axis: int, spans: Spans, source: str = TRAINED) -> Output:
-    """The elements in a tensor's boxes, laid end to end."""
-    parts = tuple(Part(stop - start, (Term(source, name, range(start, stop)),)) for start, stop in spans)
-    return Output(name, info.dtype, _narrowed(info.shape, axis, spans), axis, parts)
+def _boxed(name: str, info: TensorInfo, division: Division, source: str = TRAINED) -> Output:
+    """The elements in a tensor's boxes, laid end to end; of a stack of experts only those of which something trains."""
+    shape, runs, taken = _narrowed(name, division), list[tuple[range | None, tuple[Part, ...]]](), 0
+    for rows, spans in division.runs:
+        if spans:
+            here = range(taken, taken + len(rows))
+            terms = ((Term(source, name, range(*span), shift=taken - rows.start), span) for span in spans)
+            runs.append((here, tuple(Part(stop - start, (term,)) for term, (start, stop) in terms)))
+            taken = here.stop
+    return Output(name, info.dtype, shape, division.axis, in_slices(runs, taken))
 
 
-def _narrowed(shape: tuple[int, ...], axis: int, spans: Spans) -> tuple[int, ...]:
-    taken = sum(stop - start for start, stop in spans)
-    return tuple(taken if i == axis else size for i, size in enumerate(shape))
+def _narrowed(name: str, division: Division) -> tuple[int, ...]:
+    """The shape of what trains. Raises RequestError where experts of one stack do not train equally much."""
+    widths = {sum(stop - start for start, stop in spans) for _, spans in division.runs if spans}
+    if len(widths) > 1:
+        raise RequestError(
+            "experts of its stack have different numbers of units that train, which are no one tensor",
+            tensor=name,
+            hint="Share the skills that were merged.",
+        )
+    shape = [widths.pop() if i == division.axis else size for i, size in enumerate(division.shape)]
+    if division.axis:
+        each = math.prod(division.shape[1 : division.axis])
+        shape[0] = sum(len(rows) for rows, spans in division.runs if spans) // each
+    return tuple(shape)
 
 
 def check_extracted(layout: Layout, trained: Renamed, written: Skill) -> None:
@@ -166,8 +185,8 @@ def open_skill(folder: Path) -> Skill:
     grown = {output.name: output.info for output in past.plan.outputs}
     for name in past.trained.keys() ^ tensors.infos.keys():
         raise FormatError("skill and manifest do not both have it", file=str(folder / SKILL_FILE), tensor=name)
-    for name, (axis, spans) in past.trained.items():
-        wanted = dtypes.get(name, grown[name].dtype), _narrowed(grown[name].shape, axis, spans)
+    for name, division in past.trained.items():
+        wanted = dtypes.get(name, grown[name].dtype), _narrowed(name, division)
         if (tensors.infos[name].dtype, tensors.infos[name].shape) != wanted:
             raise FormatError(f"not {wanted[0]} {list(wanted[1])}", file=str(folder / SKILL_FILE), tensor=name)
     return Skill(folder, past, text, tensors, dtypes)
@@ -226,8 +245,8 @@ def check_applied(skill: Skill, base: Checkpoint, written: Trained, progress: Pr
     """Raise PlanError unless what was written is the base's growth outside the boxes and the skill inside."""
     reference = regrown(skill.past, base, base, skill.text)
     wrong = [finding.tensor for finding in moved(reference, written, progress)]
-    for name, (axis, spans) in skill.past.trained.items():
-        inside = _boxed(name, written.infos[name], axis, spans)
+    for name, division in skill.past.trained.items():
+        inside = _boxed(name, written.infos[name], division)
         wrong += [name] if digest_of_output(inside, {TRAINED: written}) != skill.digest(name) else []
     if wrong:
         raise PlanError("what was written is not what it should be", tensor=wrong[0], hint="Nothing was kept.")

@@ -1,11 +1,13 @@
 """Parameters of a model in which several tensors of a manifest lie, or a part of one: transformers stacks experts.
 
 Which projection lies where is told by the family's sites (families/spelling.py), so the boxes of all experts of a layer
-come together as ranges along one axis of the stack. Refused: a stack of other experts than the manifest's.
+come together as ranges along one axis of the stack, for each run of experts that train alike. Refused: a stack of other
+experts than the manifest's.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +16,13 @@ from ckptgrow.errors import FormatError, FreezeError
 from ckptgrow.families import Architecture, Slot, in_memory_name
 from ckptgrow.families.spelling import Place, Twin, twins
 from ckptgrow.lineage import architecture_of, described
-from ckptgrow.manifest import Manifest, Trainable, along
+from ckptgrow.manifest import Manifest, Trainable
 from ckptgrow.plan import joined
 from ckptgrow.policy import Box, across
+from ckptgrow.regions import Division, Spans, boxed, divided
 from ckptgrow.tensors import TensorInfo
 
 Shape = tuple[int, ...]
-Spans = tuple[tuple[int, int], ...]
 Find = Callable[[str], "tuple[str, Shape] | None"]
 
 
@@ -36,11 +38,12 @@ class _Cell:
         if own.slot is None or other.slot is None:
             return ()
         try:
-            axis, spans = along(self.tensor.shape, self.tensor.boxes, own.slot.axis)
+            division = divided(self.tensor.shape, self.tensor.boxes, own.slot.axis)
         except FormatError as error:
             raise FreezeError(error.problem, tensor=self.tensor.name) from None
-        if axis != own.slot.axis:
+        if division.axis != own.slot.axis:
             raise FreezeError("its boxes are not ranges of units", tensor=self.tensor.name)
+        spans = division.at((own.expert or 0) * math.prod(division.shape[1 : division.axis]) if own.slot.stacked else 0)
         size = shape[other.slot.axis] // len(other.slot.lanes)
         first = own.lane * size
         inside = ((max(a, first) - first, min(b, first + size) - first) for a, b in spans)
@@ -56,14 +59,22 @@ def held_in(tensors: Sequence[Trainable], manifest: Manifest, find: Find) -> tup
     cells: dict[str, dict[Slot | None, list[_Cell]]] = defaultdict(lambda: defaultdict(list))
     shapes: dict[str, Shape] = {}
     waiting: dict[str, set[Place]] = defaultdict(set)
-    for twin in (twin for twin in dict.fromkeys(twins(architecture)) if twin.own.name in lost):
+    numbers: dict[tuple[str, Slot | None], set[int | None]] = defaultdict(set)
+    for twin in dict.fromkeys(twins(architecture)):
+        numbers[twin.other.name, twin.other.slot].add(twin.other.expert)
+        if twin.own.name not in lost:
+            continue
         waiting[twin.own.name].add(twin.own)
         names = (twin.other.name, in_memory_name(architecture.family, twin.other.name))
         there = next(filter(None, map(find, names)), None)
         if there is not None:
             name, shapes[name] = there
             cells[name][twin.other.slot].append(_Cell(lost[twin.own.name], twin))
-    held = {name: _joined(name, shapes[name], list(layouts.values())) for name, layouts in cells.items()}
+    held: dict[str, Trainable] = {}
+    for name, layouts in cells.items():
+        counted = [(some, len(numbers[some[0].twin.other.name, slot])) for slot, some in layouts.items()]
+        one = _joined(name, shapes[name], counted)
+        held |= {name: one} if one.boxes else {}
     for cell in (cell for layouts in cells.values() for some in layouts.values() for cell in some):
         waiting[cell.tensor.name].discard(cell.twin.own)
     return held, {name for name, places in waiting.items() if not places}
@@ -126,27 +137,29 @@ def _stacks(architecture: Architecture, infos: Mapping[str, TensorInfo]) -> tupl
     return {name: shape for name, shape in shapes.items() if name in used}, twin_of
 
 
-def _joined(name: str, shape: Shape, layouts: Sequence[Sequence[_Cell]]) -> Trainable:
-    """All that trains in one parameter: the same ranges in each of its experts."""
-    for cells in layouts:
-        experts = {cell.twin.other.expert for cell in cells}
-        if {cell.twin.holder(cell.tensor.shape, len(experts)) for cell in cells} == {shape}:
+def _joined(name: str, shape: Shape, layouts: Sequence[tuple[Sequence[_Cell], int]]) -> Trainable:
+    """All that trains in one parameter, in whichever of the layouts, each with the number of its experts, it fits."""
+    for cells, experts in layouts:
+        if {cell.twin.holder(cell.tensor.shape, experts) for cell in cells} == {shape}:
             break
     else:
-        experts = {cell.twin.other.expert for cell in layouts[0]}
-        wanted = layouts[0][0].twin.holder(layouts[0][0].tensor.shape, len(experts))
+        cells, experts = layouts[0]
+        wanted = cells[0].twin.holder(cells[0].tensor.shape, experts)
         raise FreezeError(
             f"the model's parameter has the shape {list(shape)}, the manifest's experts make {list(wanted)}",
             tensor=name,
             hint="The manifest belongs to another model.",
         )
-    spans: dict[int | None, list[tuple[int, int]]] = defaultdict(list)
+    spans: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for cell in cells:
-        spans[cell.twin.other.expert] += cell.spans(shape)
-    ranges = {joined(sorted(those)) for those in spans.values()}
+        spans[cell.twin.other.expert or 0] += cell.spans(shape)
     slot, first = cells[0].twin.other.slot, cells[0].tensor
     assert slot is not None
-    if len(ranges) > 1:
-        raise FreezeError("its experts do not all train alike", tensor=name)
-    boxes = across(shape, slot.axis, ranges.pop())
+    each = math.prod(shape[1 : slot.axis])
+    runs: list[tuple[range, Spans]] = []
+    for expert in range(experts if slot.stacked else 1):
+        own = joined(sorted(spans[expert]))
+        start = runs.pop()[0].start if runs and runs[-1][1] == own else expert * each
+        runs.append((range(start, (expert + 1) * each), own))
+    boxes = boxed(Division(shape, slot.axis, tuple(runs)))
     return replace(first, name=name, role="_".join(slot.lanes), shape=shape, boxes=boxes)

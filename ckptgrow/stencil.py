@@ -6,16 +6,17 @@ It is a Plan of constants: no weight is read, and what is zero throughout is a h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ckptgrow.checkpoint import CARD, CONFIG, Checkpoint
 from ckptgrow.errors import FormatError, RequestError
 from ckptgrow.execute import write_shards
 from ckptgrow.layout import INDEX, lay
-from ckptgrow.manifest import Manifest, Trainable, along
+from ckptgrow.manifest import Manifest, Trainable
 from ckptgrow.numeric import FLOATS
-from ckptgrow.plan import Output, Part, Plan
+from ckptgrow.plan import Output, Part, Plan, in_slices
+from ckptgrow.regions import Spans, between, divided
 from ckptgrow.staging import Staging, check_space
 from ckptgrow.tensors import TensorInfo
 
@@ -50,15 +51,19 @@ def _cut_out(info: TensorInfo, trained: Trainable | None) -> Output:
     if info.dtype not in FLOATS:
         raise RequestError(f"it trains, but {info.dtype} cannot say 1.0", tensor=info.name)
     try:
-        axis, spans = along(info.shape, trained.boxes)
+        division = divided(info.shape, trained.boxes)
     except FormatError as error:
         raise error.at(tensor=info.name) from None
-    parts, place = [], 0
-    for start, stop in spans:
-        parts += [Part(start - place), Part(stop - start, grown=True, fill=1.0)]
-        place = stop
-    parts.append(Part(info.shape[axis] - place))
-    return Output(info.name, info.dtype, info.shape, axis, tuple(part for part in parts if part.size))
+    runs = ((rows, tuple(_holes(spans, division.extent))) for rows, spans in division.runs)
+    parts = in_slices(runs, info.around(division.axis)[0])
+    return Output(info.name, info.dtype, info.shape, division.axis, parts)
+
+
+def _holes(spans: Spans, extent: int) -> Iterator[Part]:
+    """Zeros, and ones where it trains."""
+    places = [*((span, 0.0) for span in between(spans, extent)), *((span, 1.0) for span in spans)]
+    for (start, stop), value in sorted(places):
+        yield Part(stop - start, grown=bool(value), fill=value)
 
 
 def _card(manifest: Manifest) -> str:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ckptgrow.errors import RequestError
-from ckptgrow.families import Architecture, Family, Group, Mlp, locate, recast
-from ckptgrow.layers import spelled
-from ckptgrow.plan import Edit, Output, Part, Plan, Share, Term, unchanged
+from ckptgrow.families import Architecture, Family, Group, Mlp, Slot, locate, recast
+from ckptgrow.layers import listed, spelled
+from ckptgrow.plan import Edit, Output, Part, Plan, Share, Term, in_slices, unchanged
 from ckptgrow.policy import POLICIES, SHARE_CHOICES, Policy, ShareChoice, kinds, shares
 from ckptgrow.tensors import TensorInfo
 
 BASE = "base"
 Deal = Callable[[int, "Growth"], tuple[Share | None, ...]]
+Grows = Callable[[Mlp, "int | None"], bool]
 Uneven = Literal["uniform", "native"]
 UNEVEN_CHOICES: tuple[Uneven, ...] = get_args(Uneven)
 MOST_COPIES = 1024  # a Plan names each copy; nobody grows a model a thousandfold
@@ -57,6 +58,7 @@ class Growth:
             raise RequestError("--uneven native says what becomes of the layers that do not grow: give --layers")
         if not 0 <= self.seed < 2**63:
             raise RequestError(f"--seed {self.seed}: give a whole number from 0 to 2**63 - 1")
+        listed(self.experts)
 
     @property
     def rules(self) -> Policy:
@@ -91,15 +93,16 @@ def expand(infos: Mapping[str, TensorInfo], architecture: Architecture, growth: 
     """The Plan that grows MLPs by copying their first units, in rounds, without changing the function.
 
     Gate, up and their biases are copied as bytes; each column of down is shared out among the copies of its unit
-    (METHOD.md 1, 2). MLPs that do not grow are filled up to the same width: their copies have zero columns and are not
-    marked as grown, so that nothing of them trains (METHOD.md 7); with `uneven` native they stay as they are, as do all
-    other tensors. MLPs whose width one config key says grow by one factor. Raises RequestError or FamilyError where a
-    width cannot be had.
+    (METHOD.md 1, 2). MLPs and experts that do not grow are filled up to the same width: their copies have zero columns
+    and are not marked as grown, so that nothing of them trains (METHOD.md 7); with `uneven` native the other layers
+    stay as they are, as do all other tensors. MLPs whose width one config key says grow by one factor. Raises
+    RequestError or FamilyError where a width cannot be had.
     """
     check_layers(architecture, growth)
     widths = new_widths(architecture, growth)
     mlps = [mlp for mlp in architecture.mlps if widths[mlp.block] != mlp.width]
-    grown = {name: _grow(infos[name], mlp, widths[mlp.block], growth) for mlp in mlps for name in mlp.tensors}
+    grows = growing(architecture, growth)
+    grown = {name: _grow(infos[name], mlp, widths[mlp.block], growth, grows) for mlp in mlps for name in mlp.tensors}
     outputs = tuple(grown.get(name) or unchanged(info, BASE) for name, info in infos.items())
     edits = {edit.path: edit.value for edit in architecture.retold}
     for group in architecture.groups:
@@ -182,20 +185,37 @@ def rounds(old: int, new: int) -> Iterator[range]:
         yield range(min(old, new - start))
 
 
-def _grow(info: TensorInfo, mlp: Mlp, width: int, growth: Growth) -> Output:
-    """One tensor of an MLP, widened: each lane on its own."""
+def growing(architecture: Architecture, growth: Growth) -> Grows:
+    """Which MLPs grow, or which of the experts stacked in one: those of a layer and an expert that do."""
+    return lambda mlp, expert: growth.grows(mlp.layer) and architecture.grows(mlp, expert)
+
+
+def _grow(info: TensorInfo, mlp: Mlp, width: int, growth: Growth, grows: Grows) -> Output:
+    """One tensor of an MLP, widened: each lane on its own, and of a stack each run of experts that grow or do not."""
     slot = mlp.tensors[info.name]
-    lanes, grows = range(len(slot.lanes)), growth.grows(mlp.layer)
+    lanes = range(len(slot.lanes))
     old, new = (int(units * slot.places) for units in (mlp.width, width))
     shape = tuple(new * len(lanes) if axis == slot.axis else size for axis, size in enumerate(info.shape))
-    if slot.shared and grows:
-        deal = _halves if slot.block > 1 else _shares
-        parts = tuple(part for lane in lanes for part in _shared(info.name, lane * old, old, new, deal, growth))
-    elif slot.shared:
-        parts = tuple(part for lane in lanes for part in _filled(info.name, lane * old, old, new))
-    else:
-        parts = tuple(part for lane in lanes for part in _copied(info.name, lane * old, old, new, grows))
+    growing = [grows(mlp, expert) for expert in mlp.numbers]
+    if slot.flat and len(lanes) == len(growing):
+        parts = tuple(
+            part for lane in lanes for part in _lane(info.name, slot, lane * old, old, new, growth, growing[lane])
+        )
+        return Output(info.name, info.dtype, shape, slot.axis, parts, mlp.member(info.name))
+    each, runs = info.around(slot.axis)[0] // len(growing), list[tuple[range, tuple[Part, ...]]]()
+    for expert, own in enumerate(growing):
+        parts = tuple(part for lane in lanes for part in _lane(info.name, slot, lane * old, old, new, growth, own))
+        runs.append((range(expert * each, (expert + 1) * each), parts))
+    parts = in_slices(runs, len(growing) * each)
     return Output(info.name, info.dtype, shape, slot.axis, parts, mlp.member(info.name))
+
+
+def _lane(name: str, slot: Slot, first: int, old: int, new: int, growth: Growth, grows: bool) -> Iterator[Part]:
+    """One lane, which begins at `first`, of what grows or is filled up."""
+    if not slot.shared:
+        return _copied(name, first, old, new, grows)
+    deal = _halves if slot.block > 1 else _shares
+    return _shared(name, first, old, new, deal, growth) if grows else _filled(name, first, old, new)
 
 
 def _copied(name: str, first: int, old: int, new: int, grows: bool) -> Iterator[Part]:

@@ -32,7 +32,8 @@ NOISE = 2.0**-50
 class Weighed:
     """A skill as it is held against a merge: its weight and the trained checkpoint.
 
-    `grew` names the MLPs that it grew, `whole` those of them in which all units are its own: the base's rows trained.
+    `grew` names the MLPs that it grew, or the experts stacked in one (Mlp.named), `whole` those in which all units are
+    its own: the base's rows trained.
     """
 
     weight: Fraction
@@ -60,13 +61,15 @@ def weighed(
 
     def compare(mlp: Mlp) -> Finding | None:
         rigid = architecture.family.statistics or mlp.site.template.normed
-        live = [skill for skill in skills if skill.weight and mlp.block in skill.grew]
-        problem = _problem(base, live, result, mlp, rigid, kept=True)
-        if problem is not None and _problem(base, live, result, mlp, rigid, kept=False) is None:
-            problem = None
+        some = any(mlp.named(expert) in skill.grew for skill in skills for expert in range(mlp.experts))
+        for expert in mlp.numbers if some else (None,):
+            live = [skill for skill in skills if skill.weight and {mlp.block, mlp.named(expert)} & skill.grew]
+            problem = _problem(base, live, result, mlp, expert, rigid, kept=True)
+            if problem is not None and _problem(base, live, result, mlp, expert, rigid, kept=False) is not None:
+                return problem
         for name in mlp.tensors:
             progress(result.infos[name].nbytes)
-        return problem
+        return None
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         findings = tuple(filter(None, pool.map(compare, architecture.mlps)))
@@ -77,12 +80,21 @@ def weighed(
 
 
 def _problem(
-    base: Tensors, skills: Sequence[Weighed], result: Tensors, mlp: Mlp, rigid: bool, kept: bool
+    base: Tensors,
+    skills: Sequence[Weighed],
+    result: Tensors,
+    mlp: Mlp,
+    expert: int | None,
+    rigid: bool,
+    kept: bool,
 ) -> Finding | None:
-    """What is wrong in one MLP that has, if `kept`, the base's own units, then each skill's, then filling."""
+    """What is wrong in one MLP, or in one of the experts in its tensors.
+
+    It has, if `kept`, the base's own units, then each skill's, then filling.
+    """
     for name, slot in mlp.tensors.items():
         there = [result, base, *(skill.tensors for skill in skills)]
-        stacks = zip(*(lanes_of(one, name, slot, mlp.grain) for one in there), strict=True)
+        stacks = zip(*(lanes_of(one, name, slot, mlp.grain, expert) for one in there), strict=True)
         for (_, its), *others in stacks:
             sources = [_Source(bits, one.infos[name].dtype) for (_, bits), one in zip(others, there[1:], strict=True)]
             sums = list(_sums(sources, skills, mlp, slot.shared, kept))

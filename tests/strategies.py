@@ -179,22 +179,24 @@ def value_of(share: Share | None) -> float:
 
 
 def executed(output: Output, weights: Weights) -> NDArray[np.float64]:
-    """What the executor would write for this output, computed from whole arrays."""
-    parts = [np.zeros(_with(output, 0))]
+    """What the executor would write for this output, computed from whole arrays; NaN where nothing is."""
+    outer, inner = output.steps
+    whole, filled = np.full((outer, output.extent, inner), np.nan), dict[range | None, int]()
     for part in output.parts:
-        total = np.zeros(_with(output, part.size))
+        rows, start = part.slices or range(outer), filled.get(part.slices, 0)
+        total = np.zeros((len(rows), part.size, inner))
         for term in part.terms:
-            total += _picked(term, output.axis, weights)
-        parts.append(total)
-    return np.concatenate(parts, axis=output.axis)
+            total += _picked(term, output.axis, weights)[rows.start - term.shift : rows.stop - term.shift]
+        whole[rows.start : rows.stop, start : start + part.size] = total
+        filled[part.slices] = start + part.size
+    return whole.reshape(output.shape)
 
 
 def _picked(term: Term, axis: int, weights: Weights) -> NDArray[np.float64]:
-    return np.take(weights[term.name], list(term.units), axis) * term.scale * value_of(term.share)
-
-
-def _with(output: Output, size: int) -> list[int]:
-    return [size if axis == output.axis else extent for axis, extent in enumerate(output.shape)]
+    """The units as [slices, units, inner]."""
+    source = weights[term.name]
+    seen = source.reshape(int(np.prod(source.shape[:axis])), source.shape[axis], -1)
+    return seen[:, list(term.units)] * term.scale * value_of(term.share)
 
 
 def same_function(plan: Plan, tiny: Tiny) -> bool:

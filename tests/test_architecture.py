@@ -24,7 +24,7 @@ def room_of(path: Path) -> str:
 SOURCES = {room_of(path): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
 
 # DESIGN.md's order: each module imports only those before it.
-PURE = ["errors", "version", "tensors", "layers", "plan", "policy"]
+PURE = ["errors", "version", "tensors", "layers", "plan", "policy", "regions"]
 PURE += [
     f"families.{room}" for room in ("form", "templates", "decoders", "mixtures", "encoders", "multimodal", "table")
 ]
@@ -45,6 +45,7 @@ ORDER = [
     "regrouped",
     "identity",
     "manifest",
+    "marks",
     "sums",
     "combining",
     "joining",

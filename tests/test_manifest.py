@@ -17,8 +17,9 @@ from strategies import LAYOUTS
 
 import ckptgrow
 from ckptgrow.checkpoint import MANIFEST, digest_of
-from ckptgrow.manifest import along, load_manifest
+from ckptgrow.manifest import load_manifest
 from ckptgrow.policy import POLICIES
+from ckptgrow.regions import Division, divided
 
 SCHEMA = json.loads(files("ckptgrow").joinpath("manifest.schema.json").read_text())
 
@@ -106,17 +107,17 @@ def test_reading_something_else(tmp_path: Path, text: str) -> None:
         (((4, 9), (0, 3)),),
         (((2, 2), (0, 3)),),
         (((5, 4), (0, 3)),),
-        (((0, 4), (0, 2)),),
-        (((0, 4), (0, 3)), ((0, 8), (1, 2))),
+        (((0, 8), (1, 1)),),
+        (((0, 8), (0, 2)), ((2, 4), (1, 3))),
     ],
-    ids=["overlap", "outside", "empty", "backwards", "both axes", "either axis"],
+    ids=["overlap", "outside", "empty", "backwards", "empty columns", "overlap in some rows"],
 )
 def test_boxes_that_are_no_ranges(boxes: Any) -> None:
     """Boxes are read as ranges along one axis, or not at all."""
-    assert along((8, 3), (((4, 6), (0, 3)), ((0, 2), (0, 3)))) == (0, ((0, 2), (4, 6)))
-    assert along((8, 3), (((0, 8), (0, 3)),)) == (0, ((0, 8),))
-    with pytest.raises(ckptgrow.FormatError, match="not ranges along one axis"):
-        along((8, 3), boxes)
+    assert divided((8, 3), (((4, 6), (0, 3)), ((0, 2), (0, 3)))) == Division((8, 3), 0, ((range(1), ((0, 2), (4, 6))),))
+    assert divided((8, 3), (((0, 8), (0, 3)),)).whole
+    with pytest.raises(ckptgrow.FormatError, match=r"not ranges along one axis|overlap"):
+        divided((8, 3), boxes)
 
 
 def test_digest_stands_in_the_config(base: Path, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def inspect(src: str, tower: str | None, family: str | None, propose: bool, as_j
     default="all",
     show_default=True,
     metavar="all|shared|LIST",
-    help="Which experts grow; shared: only what every token passes. One config key can only grow whole.",
+    help="Which experts grow, such as 0,4-7, the others being filled up; shared: only what every token passes.",
 )
 @from_file
 @click.option("--plan", is_flag=True, help="Say what would happen and write nothing; with --json the whole Plan.")

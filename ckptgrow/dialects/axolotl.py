@@ -40,7 +40,7 @@ def entries(subject: Subject) -> tuple[str, ...]:
     alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for one in subject.trained:
         if is_rows(one):
-            alike[("",) if one.whole else tuple(spelled(one.spans))].append(one.name)
+            alike[("",) if one.whole else tuple(spelled(one.rows or ()))].append(one.name)
     found = []
     for spans, names in alike.items():
         others = set(subject.names) - set(names)
@@ -50,7 +50,7 @@ def entries(subject: Subject) -> tuple[str, ...]:
 
 def is_rows(one: Trained) -> bool:
     """Whether Axolotl's ranges can say it."""
-    return one.whole or one.axis == 0
+    return one.whole or one.rows is not None
 
 
 def _lines(subject: Subject) -> Iterator[str]:

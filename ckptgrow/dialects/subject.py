@@ -9,25 +9,29 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ckptgrow.manifest import Manifest, Trainable, along
+from ckptgrow.manifest import Manifest, Trainable
+from ckptgrow.regions import Division, Spans, divided
 from ckptgrow.stacks import Held
 
 _SAFE_START = (*string.ascii_letters, "/", ".")
-Spans = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """One tensor of which something trains, by its name in a transformers model: ranges along one axis."""
+    """One tensor of which something trains, by its name in a transformers model, and what of it does."""
 
     tensor: Trainable
     name: str
-    axis: int
-    spans: Spans
+    division: Division
+
+    @property
+    def rows(self) -> Spans | None:
+        """The ranges of the first dimension that train, where it is these."""
+        return self.division.uniform if self.division.axis == 0 else None
 
     @property
     def whole(self) -> bool:
-        return self.spans == ((0, self.tensor.shape[self.axis]),)
+        return self.division.whole
 
     @property
     def is_bias(self) -> bool:
@@ -40,9 +44,7 @@ class Trained:
     @property
     def frozen(self) -> int:
         """How many of its elements are frozen."""
-        size = self.tensor.shape[self.axis]
-        moving = sum(stop - start for start, stop in self.spans)
-        return self.tensor.elements // max(1, moving) * (size - moving)
+        return self.division.elements(self.division.frozen)
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ class Subject:
 
 
 def _trained(tensor: Trainable, manifest: Manifest) -> Trained:
-    axis, spans = along(tensor.shape, tensor.boxes)
-    return Trained(tensor, manifest.in_memory_names.get(tensor.name, tensor.name), axis, spans)
+    division = divided(tensor.shape, tensor.boxes)
+    return Trained(tensor, manifest.in_memory_names.get(tensor.name, tensor.name), division)
 
 
 STACKED = (

@@ -15,6 +15,7 @@ from typing import Any
 
 from ckptgrow.errors import FamilyError, RequestError
 from ckptgrow.families.form import Family, Rule, Site, Slot
+from ckptgrow.layers import listed
 from ckptgrow.plan import Edit, Member
 from ckptgrow.tensors import TensorInfo
 
@@ -225,13 +226,14 @@ class Architecture:
     """A family found in a checkpoint: all MLPs of the asked towers.
 
     Where it is told in another family's words (recast.py), `native` is the family that it has, and `recast` are the
-    changes to its config.
+    changes to its config. `listed` are the experts that should grow, where not all should.
     """
 
     family: Family
     groups: tuple[Group, ...]
     native: Family | None = None
     recast: tuple[Edit, ...] = ()
+    listed: tuple[int, ...] | None = None
 
     @property
     def own(self) -> Family:
@@ -279,38 +281,31 @@ class Architecture:
     def only(self, experts: str = "all") -> Architecture:
         """What grows where not all experts should: `shared` is what every token passes, a list names experts.
 
-        Raises RequestError where one key says the width of what should grow and of what should not.
+        With a list, what shares a config key with experts is there too, to become as wide (`grows`). Raises
+        RequestError where there are no such experts, or one key says the width of what should grow and should not.
         """
+        wanted = listed(experts)
         routed = [mlp for mlp in self.mlps if mlp.site.part == "expert"]
-        if experts == "all" or _is_all(experts, routed):
+        if experts == "all":
             return self
         if not routed:
             raise RequestError(f"--experts {experts}: this model has no experts")
-        if experts != "shared":
-            paths = ", ".join(dict.fromkeys(mlp.site.path for mlp in routed))
-            raise RequestError(
-                f"--experts {experts}: one config key ({paths}) says the width of all experts, so all must have one",
-                hint="Grow all of them.",
-            )
-        kept = tuple(group for group in self.groups if not any(mlp.site.part == "expert" for mlp in group.mlps))
+        if wanted is not None:
+            there = max(mlp.experts if mlp.expert is None else mlp.expert + 1 for mlp in routed)
+            if wanted[-1] >= there:
+                raise RequestError(f"--experts {experts}: there are {there} experts, numbered from 0")
+            if len(wanted) == there:
+                return self
+        kept = tuple(
+            group
+            for group in self.groups
+            if any(mlp.site.part == "expert" for mlp in group.mlps) == (wanted is not None)
+        )
         if not kept:
             raise RequestError(f"--experts shared: {self.groups[0].path} says the width of the routed experts too")
-        return replace(self, groups=kept)
+        return replace(self, groups=kept, listed=wanted)
 
-
-def _is_all(experts: str, routed: list[Mlp]) -> bool:
-    """Whether a list of numbers and ranges names every expert."""
-    if experts == "shared":
-        return False
-    there = max((mlp.experts if mlp.expert is None else mlp.expert + 1 for mlp in routed), default=0)
-    named: set[int] = set()
-    for item in experts.split(","):
-        first, _, last = item.strip().partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
-            raise RequestError(f"--experts {experts or repr(experts)}: give all, shared, or numbers like 0,4-7")
-        if int(last or first) < int(first):
-            raise RequestError(f"--experts {experts}: {item.strip()} runs backwards")
-        if there and int(last or first) >= there:
-            raise RequestError(f"--experts {experts}: there are {there} experts, numbered from 0")
-        named |= set(range(int(first), int(last or first) + 1)) if there else set()
-    return 0 < there == len(named)
+    def grows(self, mlp: Mlp, expert: int | None) -> bool:
+        """Whether an MLP, or an expert stacked in it, is one of those that should grow by the list of experts."""
+        number = mlp.expert if expert is None else expert
+        return self.listed is None or (mlp.site.part == "expert" and (number or 0) in self.listed)

@@ -19,7 +19,8 @@ from ckptgrow.hub import Origin, fetch, preview
 from ckptgrow.identity import identify
 from ckptgrow.layers import chosen, ranked
 from ckptgrow.layout import INDEX, Layout, lay
-from ckptgrow.manifest import Grown, Manifest, describe, grown_config, history, read_mask
+from ckptgrow.manifest import Grown, Manifest, describe, grown_config, history
+from ckptgrow.marks import read_mask
 from ckptgrow.operations.declaring import check_keys, declaration
 from ckptgrow.policy import ShareChoice, said
 from ckptgrow.progress import Meter, Progress, silent
@@ -104,9 +105,10 @@ def expand(
     `factor` (2 if neither is given) or `width` says how wide; `policy` what will train (METHOD.md 4); `shares` and
     `seed` how each column of down is shared out (METHOD.md 2, 3). `layers` names the layers that grow ("3-11,20",
     "@ranking.json", or numbers), the others being filled up or, by `uneven`, kept as they are (METHOD.md 7); `tower`
-    one of several (else the text model); `experts` is all, shared, or the numbers of all; `family` a declaration.
-    `force` replaces an existing `out` once the new one is complete; `resume` goes on from a killed run; `verify` proves
-    what was written; `bars` lets huggingface_hub draw its own. Raises CkptgrowError, and leaves nothing on disk.
+    one of several (else the text model); `experts` is all, shared, or numbers such as "0,4-7", the others being filled
+    up; `family` a declaration. `force` replaces an existing `out` once the new one is complete; `resume` goes on from a
+    killed run; `verify` proves what was written; `bars` lets huggingface_hub draw its own. Raises CkptgrowError, and
+    leaves nothing on disk.
     """
     growth = Growth(factor, width, multiple_of, policy, shares, seed, _layers(layers), uneven, tower, experts)
     given, report, seen = declaration(family), progress or silent, preview(src)
@@ -248,6 +250,7 @@ def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth, family
     prove_marks(plan, architecture, growth.layers)
     layout = lay(plan, base.headers, base.infos, base.index)
     grown = read_mask(plan, base, architecture, growth)
+    layers, grew = ({b.layer for b in grown.blocks if not (grew and b.filled)} for grew in (False, True))
     copied, left_out = base.companions()
     small = sum((base.folder / file).stat().st_size for file in copied) + 2 * len(base.config_text.encode())
     proposal = Proposal(
@@ -264,7 +267,8 @@ def _prepare(origin: Origin, base: Checkpoint, out: Path, growth: Growth, family
         parameters_after=grown.counts.trainable + grown.counts.frozen,
         trainable=grown.counts.trainable,
         trainable_share_of_base=grown.counts.trainable_share_of_base,
-        layers_filled=tuple(sorted({block.layer for block in grown.blocks if block.filled})),
+        layers_filled=tuple(sorted(layers - grew)),
+        experts_grown=architecture.listed,
         parameters_filled=grown.counts.filled,
         bytes_filled=grown.counts.filled_bytes,
         bytes_to_write=layout.nbytes + small,
@@ -286,7 +290,7 @@ def _said(architecture: Architecture, growth: Growth) -> Iterator[str]:
         told[group.path] = [
             sentence
             for old in group.starts(growth.layers)
-            for sentence in said(old, growth.new_width(old), growth.rules, choice, growth.layers)
+            for sentence in said(old, growth.new_width(old), growth.rules, choice, growth.layers, architecture.listed)
         ]
     alike = len(set(map(tuple, told.values()))) == 1
     for path, sentences in [*told.items()][: 1 if alike else None]:

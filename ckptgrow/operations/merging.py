@@ -214,7 +214,7 @@ def _checked(job: _Job, written: Checkpoint, report: Progress) -> Iterator[Answe
         Weighed(
             weight,
             Regrown({BASE: job.base, SKILL: skill.tensors}, applied(skill, job.base).named),
-            frozenset(block.block for block in skill.past.manifest.blocks if not block.filled),
+            frozenset(name for block in skill.past.manifest.blocks for name in block.grew),
             moved_rows(skill.past),
         )
         for skill, weight in zip(job.skills, job.weights, strict=True)

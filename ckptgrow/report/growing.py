@@ -107,8 +107,14 @@ def _expansion(done: Expansion) -> Iterator[str]:
 
 
 def _grown_blocks(what: Proposal) -> Iterator[str]:
-    kind = {False: "units", True: "units, filled with zero columns"}
-    yield from widths((b.block, b.layer, f"{b.old_width:,} -> {b.new_width:,} {kind[b.filled]}") for b in what.blocks)
+    kind, rows = {False: "units", True: "units, filled with zero columns"}, []
+    for b in what.blocks:
+        some = f" in {named(b.experts, 'expert')}, the others" if b.experts else ""
+        told = f"{b.old_width:,} -> {b.new_width:,} " + (
+            f"units{some} filled with zero columns" if some else kind[b.filled]
+        )
+        rows.append((b.block, b.layer, told))
+    yield from widths(rows)
 
 
 def _recast(what: Proposal) -> Iterator[str]:
@@ -119,10 +125,12 @@ def _recast(what: Proposal) -> Iterator[str]:
 def _shared_out(what: Proposal) -> Iterator[str]:
     for sentence in what.shares:
         yield row("shares", sentence)
-    if what.layers_filled:
+    if what.parameters_filled:
+        others = [named(what.layers_filled)] if what.layers_filled else []
+        others += [f"all but {named(what.experts_grown, 'expert')}"] if what.experts_grown else []
         yield row(
             "filling",
-            f"{what.parameters_filled:,} parameters, {size(what.bytes_filled)}: of {named(what.layers_filled)}, which"
+            f"{what.parameters_filled:,} parameters, {size(what.bytes_filled)}: of {' and of '.join(others)}, which"
             " only become as wide as those that grow; it never trains and can be dropped again",
         )
 

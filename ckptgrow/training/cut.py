@@ -1,18 +1,21 @@
 """Where one tensor divides into what trains and what is frozen: ranges along one axis, and the acts on them.
 
+In a stack of experts that do not all train alike each run of experts has ranges of its own.
+
 The only arithmetic of training: take the slices, put them together again, and tell by a number whether bits moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ckptgrow.manifest import along
 from ckptgrow.policy import Box
+from ckptgrow.regions import divided
 
 Span = tuple[int, int]
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -53,6 +56,14 @@ class Cut:
         clipped = ((max(a, start) - start, min(b, stop) - start) for a, b in self.trained)
         return Cut(self.axis, stop - start, tuple(span for span in clipped if span[0] < span[1]))
 
+    def shard(self, offset: Sequence[int], shape: Sequence[int]) -> Cut:
+        """The same cut seen from the part of the tensor that begins at `offset` and has this shape."""
+        return self.within(offset[self.axis], offset[self.axis] + shape[self.axis])
+
+    def frozen_in(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Views of all that is frozen."""
+        return self.slices(tensor, self.frozen)
+
     def slices(self, tensor: Tensor, spans: Iterable[Span]) -> Iterator[Tensor]:
         """Views."""
         for start, stop in spans:
@@ -61,6 +72,24 @@ class Cut:
     def take(self, tensor: Tensor, spans: Iterable[Span]) -> Tensor:
         """A fresh tensor of these ranges: it shares no memory, which safetensors and optimizers rely on."""
         return torch.cat(list(self.slices(tensor, spans)), self.axis)
+
+
+@dataclass(frozen=True, slots=True)
+class StackCut:
+    """The cut of each run [start, stop) of the first dimension, one after the other through all of it."""
+
+    runs: tuple[tuple[Span, Cut], ...]
+
+    def shard(self, offset: Sequence[int], shape: Sequence[int]) -> StackCut:
+        """The same seen from the part of the tensor that begins at `offset` and has this shape."""
+        low, high = offset[0], offset[0] + shape[0]
+        clipped = ((max(a, low) - low, min(b, high) - low, cut.shard(offset, shape)) for (a, b), cut in self.runs)
+        return StackCut(tuple(((a, b), cut) for a, b, cut in clipped if a < b))
+
+    def frozen_in(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Views of all that is frozen."""
+        for (start, stop), cut in self.runs:
+            yield from cut.frozen_in(tensor.narrow(0, start, stop - start))
 
 
 def interleave(frozen: Tensor, trained: Tensor, axis: int, order: tuple[tuple[int, bool], ...]) -> Tensor:
@@ -74,10 +103,16 @@ def interleave(frozen: Tensor, trained: Tensor, axis: int, order: tuple[tuple[in
     return torch.cat(parts, axis)
 
 
-def cut_of(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> Cut | None:
+def cut_of(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> Cut | StackCut | None:
     """The cut that these boxes are; None where they are the whole tensor. Raises FormatError where they are neither."""
-    axis, spans = along(shape, boxes)
-    return None if spans == ((0, shape[axis]),) else Cut(axis, shape[axis], spans)
+    division = divided(shape, boxes)
+    if division.whole:
+        return None
+    cuts = [(rows, Cut(division.axis, division.extent, spans)) for rows, spans in division.runs]
+    if len(cuts) == 1:
+        return cuts[0][1]
+    each = math.prod(shape[1 : division.axis])
+    return StackCut(tuple(((rows.start // each, rows.stop // each), cut) for rows, cut in cuts))
 
 
 def fingerprint(parts: Iterable[Tensor]) -> int:

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ckptgrow.errors import FreezeError
 from ckptgrow.manifest import Manifest
-from ckptgrow.training.cut import Cut, fingerprint
+from ckptgrow.training.cut import Cut, StackCut, fingerprint
 from ckptgrow.training.masters import has_masters
 from ckptgrow.training.resolve import Target
 
@@ -84,7 +84,7 @@ class Handle(ABC):
         """The parameters that belong into an optimizer, by name."""
 
     @abstractmethod
-    def _frozen(self) -> Iterator[tuple[str, Tensor, Cut | None]]:
+    def _frozen(self) -> Iterator[tuple[str, Tensor, Cut | StackCut | None]]:
         """Every parameter with frozen elements; where a cut is given, only its frozen ranges are meant."""
 
     def guard(self, *optimizers: Optimizer) -> None:
@@ -117,7 +117,7 @@ class Handle(ABC):
         for optimizer in optimizers:
             self._check_optimizer(optimizer)
 
-    def _check_bits(self, frozen: Iterable[tuple[str, Tensor, Cut | None]]) -> None:
+    def _check_bits(self, frozen: Iterable[tuple[str, Tensor, Cut | StackCut | None]]) -> None:
         for name, tensor, cut in frozen:
             if not _same(self._prints.get(name), tensor, cut):
                 raise FreezeError("frozen elements have moved", tensor=name, hint="Restore them from the grown model.")
@@ -204,12 +204,12 @@ def local(tensor: Tensor) -> Tensor:
     return shard.detach()
 
 
-def _print(tensor: Tensor, cut: Cut | None) -> Print:
+def _print(tensor: Tensor, cut: Cut | StackCut | None) -> Print:
     shard = local(tensor)
     return Print(shard.dtype, shard.shape, fingerprint(_parts(shard, cut)))
 
 
-def _same(printed: Print | None, tensor: Tensor, cut: Cut | None) -> bool:
+def _same(printed: Print | None, tensor: Tensor, cut: Cut | StackCut | None) -> bool:
     """Whether the bits are those remembered, in the dtype of then: a wider one keeps every value."""
     shard = local(tensor)
     if printed is None or shard.shape != printed.shape:
@@ -217,5 +217,5 @@ def _same(printed: Print | None, tensor: Tensor, cut: Cut | None) -> bool:
     return fingerprint(part.to(printed.dtype) for part in _parts(shard, cut)) == printed.number
 
 
-def _parts(shard: Tensor, cut: Cut | None) -> Iterable[Tensor]:
-    return [shard] if cut is None else cut.slices(shard, cut.frozen)
+def _parts(shard: Tensor, cut: Cut | StackCut | None) -> Iterable[Tensor]:
+    return [shard] if cut is None else cut.frozen_in(shard)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ckptgrow.errors import FreezeError
-from ckptgrow.training.cut import Cut
+from ckptgrow.training.cut import Cut, StackCut
 from ckptgrow.training.handle import Handle, local, unwrapped
 from ckptgrow.training.masters import Master, has_masters, steps_on
 from ckptgrow.training.resolve import Target
@@ -70,7 +70,7 @@ class MaskHandle(Handle):
             if has_masters(parameter):
                 self._masters[target.name] = Master(parameter, target.tensor.shape, cut)
             elif target.name not in self._kept:
-                self._kept[target.name] = [part.clone() for part in cut.slices(local(parameter), cut.frozen)]
+                self._kept[target.name] = [part.clone() for part in cut.frozen_in(local(parameter))]
         for optimizer in map(unwrapped, optimizers):
             self._hooks.append(optimizer.register_step_post_hook(self._restore))
             self._guarded.add(optimizer)
@@ -103,7 +103,7 @@ class MaskHandle(Handle):
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._check_bits((name, p, cut) for name, p, cut in self._frozen() if id(p) in held)
 
-    def _masked(self) -> Iterator[tuple[Target, Tensor, Cut]]:
+    def _masked(self) -> Iterator[tuple[Target, Tensor, Cut | StackCut]]:
         """The parameters as they are now, each with its cut as this process's shard sees it."""
         for target in self.targets:
             if target.cut is not None:
@@ -116,7 +116,7 @@ class MaskHandle(Handle):
                     )
                 yield target, parameter, local_cut(parameter, target.cut)
 
-    def _frozen(self) -> Iterator[tuple[str, Tensor, Cut | None]]:
+    def _frozen(self) -> Iterator[tuple[str, Tensor, Cut | StackCut | None]]:
         trained = {id(parameter) for parameter in self.trained().values()}
         for name, parameter in self.model.named_parameters():
             if id(parameter) not in trained:
@@ -125,19 +125,19 @@ class MaskHandle(Handle):
             if not hasattr(masked, "ds_tensor"):  # ZeRO-3's pieces do not follow the cut
                 yield target.name, masked, cut
 
-    def _cleared(self, name: str, cut: Cut, gradient: Tensor) -> Tensor:
+    def _cleared(self, name: str, cut: Cut | StackCut, gradient: Tensor) -> Tensor:
         """The gradient, zero where frozen. A copy: autograd may still need its own."""
         self._fired.add(name)
         gradient = gradient.clone()
-        for part in cut.slices(gradient, cut.frozen):
+        for part in cut.frozen_in(gradient):
             part.zero_()
         return gradient
 
-    def _clear(self, name: str, cut: Cut, parameter: Tensor) -> None:
+    def _clear(self, name: str, cut: Cut | StackCut, parameter: Tensor) -> None:
         """The same on what has been accumulated in this process's shard."""
         self._fired.add(name)
         if parameter.grad is not None:
-            for part in cut.slices(local(parameter.grad), cut.frozen):
+            for part in cut.frozen_in(local(parameter.grad)):
                 part.zero_()
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class MaskHandle(Handle):
         }  # autograd may still need the others
         for target, parameter, cut in self._masked():
             if target.name in self._kept and id(parameter) in held:
-                for part, kept in zip(cut.slices(local(parameter), cut.frozen), self._kept[target.name], strict=True):
+                for part, kept in zip(cut.frozen_in(local(parameter)), self._kept[target.name], strict=True):
                     part.copy_(kept)
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
@@ -232,7 +232,7 @@ def _kinds(model: nn.Module) -> set[str]:
     return {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
 
 
-def local_cut(parameter: Tensor, cut: Cut) -> Cut:
+def local_cut(parameter: Tensor, cut: Cut | StackCut) -> Cut | StackCut:
     """The cut of this process's shard of a DTensor, at its own offset; of any other tensor, the cut."""
     if not hasattr(parameter, "to_local"):
         return cut
@@ -243,15 +243,14 @@ def local_cut(parameter: Tensor, cut: Cut) -> Cut:
         parameter.device_mesh,  # type: ignore[attr-defined]
         parameter.placements,  # type: ignore[attr-defined]
     )
-    start = offset[cut.axis]
-    return cut.within(start, start + shape[cut.axis])
+    return cut.shard(offset, shape)
 
 
-def _remembers(state: Any, parameter: Tensor, cut: Cut) -> bool:
+def _remembers(state: Any, parameter: Tensor, cut: Cut | StackCut) -> bool:
     """Whether an optimizer's state (momentum of steps without the mask) has anything where the tensor is frozen."""
     tensors = (value for value in state.values() if isinstance(value, Tensor) and value.shape == parameter.shape)
     return any(_any(local(tensor), cut) for tensor in tensors)
 
 
-def _any(shard: Tensor, cut: Cut) -> bool:
-    return any(bool(part.count_nonzero()) for part in cut.slices(shard, cut.frozen))
+def _any(shard: Tensor, cut: Cut | StackCut) -> bool:
+    return any(bool(part.count_nonzero()) for part in cut.frozen_in(shard))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ckptgrow.training.cut import Cut
+from ckptgrow.training.cut import Cut, StackCut
 
 
 def has_masters(parameter: Tensor) -> bool:
@@ -34,10 +34,10 @@ def steps_on(optimizer: Optimizer, parameter: Tensor) -> bool:
 class Master:
     """The frozen elements of this process's piece of one parameter's master, as they were when this was made."""
 
-    def __init__(self, parameter: Any, shape: tuple[int, ...], cut: Cut) -> None:
+    def __init__(self, parameter: Any, shape: tuple[int, ...], cut: Cut | StackCut) -> None:
         self._parameter = parameter
         frozen = torch.zeros(shape, dtype=torch.bool)
-        for part in cut.slices(frozen, cut.frozen):
+        for part in cut.frozen_in(frozen):
             part.fill_(True)
         start, piece = self._piece()
         place = torch.zeros(piece.numel(), dtype=torch.bool)  # the last piece of ZeRO-3 is padded

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ckptgrow.errors import FreezeError
 from ckptgrow.manifest import Manifest
 from ckptgrow.policy import Box, across
-from ckptgrow.training.cut import Cut
+from ckptgrow.training.cut import Cut, StackCut
 from ckptgrow.training.mask import MaskHandle
 from ckptgrow.training.resolve import Target, find_manifest, resolve
 
@@ -56,13 +56,15 @@ def confine(model: nn.Module, manifest: Manifest | Path | str | None = None) -> 
     pairs = [(name, layer, reached[name + _BASE]) for name, layer in layers.items()]
     targets = tuple(target for pair in pairs for target in _factors(*pair))
     _check_alone(model, targets)
-    for _, layer, target in pairs:
+    for name, layer, target in pairs:
+        if isinstance(target.cut, StackCut):
+            raise FreezeError("its boxes are no ranges of rows or of columns, so it cannot be confined", tensor=name)
         if target.cut is not None:
             kind: Any = type(layer)
             layer.__class__ = _confined(kind)
             layer.__dict__["ckptgrow_cut"] = target.cut
     for target in targets:
-        for part in target.cut.slices(target.parameter.detach(), target.cut.frozen) if target.cut else ():
+        for part in target.cut.frozen_in(target.parameter.detach()) if target.cut else ():
             part.zero_()
     return ConfinedHandle(model, manifest, targets)
 
@@ -100,7 +102,7 @@ def _factors(name: str, layer: Any, target: Target) -> Iterator[Target]:
     for adapter in layer.lora_A:
         for factor, axis in (("lora_A", 1), ("lora_B", 0)):
             module = getattr(layer, factor)[adapter]
-            cut = target.cut
+            cut = target.cut if isinstance(target.cut, Cut) else None  # a Linear's weight is no stack
             if cut is not None:
                 reaches = (cut.axis == 0) != bool(layer.fan_in_fan_out)  # rows of a Linear's weight: its outputs
                 cut = replace(cut, axis=axis) if reaches == (axis == 0) else None
@@ -137,7 +139,7 @@ def _confined(kind: Any) -> Any:
 
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
         delta: Tensor = kind.get_delta_weight(self, adapter)
-        for part in self.ckptgrow_cut.slices(delta, self.ckptgrow_cut.frozen):
+        for part in self.ckptgrow_cut.frozen_in(delta):
             part.fill_(-0.0)
         return delta
 

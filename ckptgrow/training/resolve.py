@@ -20,7 +20,7 @@ from ckptgrow.hub import preview
 from ckptgrow.manifest import CONFIG_KEY, Manifest, Trainable, load_manifest
 from ckptgrow.matching import WRAPPERS, plain
 from ckptgrow.stacks import held_in
-from ckptgrow.training.cut import Cut, cut_of
+from ckptgrow.training.cut import Cut, StackCut, cut_of
 
 _LEADING = re.compile(r"^(?:base_model\.model\.)?(?:model\.(?=model\.))*")
 
@@ -33,7 +33,7 @@ class Target:
     name: str
     module: nn.Module
     attribute: str
-    cut: Cut | None  # None: all of it trains
+    cut: Cut | StackCut | None  # None: all of it trains
 
     @property
     def parameter(self) -> Tensor:
@@ -89,9 +89,11 @@ def resolve(model: nn.Module, manifest: Manifest) -> tuple[Target, ...]:
 
 
 def cuts_by_name(manifest: Manifest) -> dict[str, Cut]:
-    """The cut of every half-frozen tensor, under each of the names it may be held by, wrappers taken off."""
+    """The cut of every half-frozen tensor along one axis, by each of the names it may have, without wrappers."""
     cuts = ((tensor.name, _cut(tensor)) for tensor in manifest.trainable)
-    return {plain_name(known): cut for name, cut in cuts if cut is not None for known in _candidates(name, manifest)}
+    return {
+        plain_name(known): cut for name, cut in cuts if isinstance(cut, Cut) for known in _candidates(name, manifest)
+    }
 
 
 def _target(model: nn.Module, named: Mapping[str, Tensor], name: str | None, tensor: Trainable) -> Target:
@@ -112,7 +114,7 @@ def _target(model: nn.Module, named: Mapping[str, Tensor], name: str | None, ten
     return Target(tensor, name, model.get_submodule(path), attribute, _cut(tensor))
 
 
-def _cut(tensor: Trainable) -> Cut | None:
+def _cut(tensor: Trainable) -> Cut | StackCut | None:
     try:
         return cut_of(tensor.shape, tensor.boxes)
     except FormatError as error:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from ckptgrow.errors import FreezeError
 from ckptgrow.manifest import Manifest
-from ckptgrow.training.cut import Cut, Span, interleave
+from ckptgrow.training.cut import Cut, Span, StackCut, interleave
 from ckptgrow.training.handle import Handle
 from ckptgrow.training.resolve import Target, cuts_by_name, plain_name
 from ckptgrow.training.sharded import dealt, is_sharded, placed_like
@@ -209,7 +209,7 @@ class SplitHandle(Handle):
             if target.cut is None:
                 target.parameter.requires_grad_(True)
         for module, targets in _by_module(self.targets).items():
-            split(module, {t.attribute: t.cut for t in targets if t.cut is not None})
+            split(module, {t.attribute: t.cut for t in targets if isinstance(t.cut, Cut)})
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         """Nothing it could do reaches the frozen part."""
@@ -223,7 +223,7 @@ class SplitHandle(Handle):
         suffixed = ((t, "" if t.cut is None else TRAINED) for t in self.targets)
         return {t.name + suffix: getattr(t.module, t.attribute + suffix) for t, suffix in suffixed}
 
-    def _frozen(self) -> Iterator[tuple[str, Tensor, Cut | None]]:
+    def _frozen(self) -> Iterator[tuple[str, Tensor, Cut | StackCut | None]]:
         trained = {id(parameter) for parameter in self.trained().values()}
         for name, parameter in self.model.named_parameters():
             if id(parameter) not in trained:
@@ -256,7 +256,7 @@ def _trouble(target: Target, uses: int) -> str | None:
     kind = type(target.module)
     if kind is SplitLinear:
         return "it is split already"
-    if len(target.tensor.shape) > 2:
+    if isinstance(target.cut, StackCut) or len(target.tensor.shape) > 2:
         return f"it is a stack of {target.tensor.shape[0]} experts in three dimensions"
     if kind is not nn.Linear:
         return f"it is a parameter of {kind.__name__}, not of a plain torch.nn.Linear,"
