@@ -25,7 +25,7 @@ from ckptgrow.manifest import Trainable
 from ckptgrow.matching import Matching, naming
 from ckptgrow.numeric import FLOATS, Floats, decode, rounded
 from ckptgrow.reference import Reference
-from ckptgrow.regions import Division, Region, divided, undivided
+from ckptgrow.regions import Division, Region, undivided
 from ckptgrow.respelled import found, found_as, halves, notes_on
 from ckptgrow.tensors import TensorInfo
 from ckptgrow.traces import Cause, Fates, Trace, cause_of, may_be_rounding
@@ -205,7 +205,7 @@ def _divided(info: TensorInfo, tensor: Trainable | None) -> Division:
     if tensor is None:
         return undivided(info.shape)
     try:
-        return divided(info.shape, tensor.boxes)
+        return tensor.division()
     except FormatError as error:
         raise error.at(file=MANIFEST, tensor=info.name) from None
 

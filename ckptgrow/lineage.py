@@ -24,7 +24,7 @@ from ckptgrow.identity import Base
 from ckptgrow.manifest import EXPAND, Manifest, growth_of, load_manifest, manifest_file, named_in
 from ckptgrow.marks import read_mask
 from ckptgrow.plan import Output, Part, Plan, Term, in_slices
-from ckptgrow.regions import Division, Spans, divided
+from ckptgrow.regions import Division, Spans
 from ckptgrow.surgery import Growth
 from ckptgrow.tensors import TensorInfo, framed, header_length, parse_header
 from ckptgrow.trained import Trained
@@ -57,7 +57,7 @@ class Past:
     def trained(self) -> Mapping[str, Division]:
         """Of each tensor that trains, what of it does."""
         axes = {output.name: output.axis for output in self.plan.outputs}
-        return {t.name: divided(t.shape, t.boxes, axes[t.name]) for t in self.manifest.trainable}
+        return {t.name: t.division(axes[t.name]) for t in self.manifest.trainable}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ckptgrow.identity import Base
 from ckptgrow.layers import listed
 from ckptgrow.plan import Plan
 from ckptgrow.policy import Box, kinds, rule_for
+from ckptgrow.regions import Division, divided
 from ckptgrow.surgery import Growth
 
 SCHEMA = 1
@@ -73,6 +74,16 @@ class Trainable:
     shape: tuple[int, ...]
     dtype: str
     boxes: tuple[Box, ...]
+
+    def division(self, axis: int = 0) -> Division:
+        """The boxes read as ranges, along `axis` where they may be of several. Raises FormatError for what are none.
+
+        Only experts may differ: in a stack of matrices, or of biases.
+        """
+        found = divided(self.shape, self.boxes, axis)
+        if found.uniform is None and len(self.shape) < 3 and not self.role.endswith("_bias"):
+            raise FormatError(f"boxes {self.boxes} are not ranges along one axis of {self.shape}")
+        return found
 
     @property
     def elements(self) -> int:

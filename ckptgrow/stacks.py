@@ -19,7 +19,7 @@ from ckptgrow.lineage import architecture_of, described
 from ckptgrow.manifest import Manifest, Trainable
 from ckptgrow.plan import joined
 from ckptgrow.policy import Box, across
-from ckptgrow.regions import Division, Spans, boxed, divided
+from ckptgrow.regions import Division, Spans, boxed
 from ckptgrow.tensors import TensorInfo
 
 Shape = tuple[int, ...]
@@ -38,7 +38,7 @@ class _Cell:
         if own.slot is None or other.slot is None:
             return ()
         try:
-            division = divided(self.tensor.shape, self.tensor.boxes, own.slot.axis)
+            division = self.tensor.division(own.slot.axis)
         except FormatError as error:
             raise FreezeError(error.problem, tensor=self.tensor.name) from None
         if division.axis != own.slot.axis:
@@ -155,9 +155,10 @@ def _joined(name: str, shape: Shape, layouts: Sequence[tuple[Sequence[_Cell], in
         spans[cell.twin.other.expert or 0] += cell.spans(shape)
     slot, first = cells[0].twin.other.slot, cells[0].tensor
     assert slot is not None
-    each = math.prod(shape[1 : slot.axis])
+    count = experts if slot.stacked else 1
+    each = math.prod(shape[: slot.axis]) // count
     runs: list[tuple[range, Spans]] = []
-    for expert in range(experts if slot.stacked else 1):
+    for expert in range(count):
         own = joined(sorted(spans[expert]))
         start = runs.pop()[0].start if runs and runs[-1][1] == own else expert * each
         runs.append((range(start, (expert + 1) * each), own))

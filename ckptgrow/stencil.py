@@ -16,7 +16,7 @@ from ckptgrow.layout import INDEX, lay
 from ckptgrow.manifest import Manifest, Trainable
 from ckptgrow.numeric import FLOATS
 from ckptgrow.plan import Output, Part, Plan, in_slices
-from ckptgrow.regions import Spans, between, divided
+from ckptgrow.regions import Spans, between
 from ckptgrow.staging import Staging, check_space
 from ckptgrow.tensors import TensorInfo
 
@@ -51,7 +51,7 @@ def _cut_out(info: TensorInfo, trained: Trainable | None) -> Output:
     if info.dtype not in FLOATS:
         raise RequestError(f"it trains, but {info.dtype} cannot say 1.0", tensor=info.name)
     try:
-        division = divided(info.shape, trained.boxes)
+        division = trained.division()
     except FormatError as error:
         raise error.at(tensor=info.name) from None
     runs = ((rows, tuple(_holes(spans, division.extent))) for rows, spans in division.runs)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ckptgrow.manifest import Manifest, Trainable
-from ckptgrow.regions import Division, Spans, divided
+from ckptgrow.regions import Division, Spans
 from ckptgrow.stacks import Held
 
 _SAFE_START = (*string.ascii_letters, "/", ".")
@@ -106,8 +106,7 @@ class Subject:
 
 
 def _trained(tensor: Trainable, manifest: Manifest) -> Trained:
-    division = divided(tensor.shape, tensor.boxes)
-    return Trained(tensor, manifest.in_memory_names.get(tensor.name, tensor.name), division)
+    return Trained(tensor, manifest.in_memory_names.get(tensor.name, tensor.name), tensor.division())
 
 
 STACKED = (

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckptgrow.policy import Box
-from ckptgrow.regions import divided
+from ckptgrow.regions import Division
 
 Span = tuple[int, int]
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -103,15 +102,14 @@ def interleave(frozen: Tensor, trained: Tensor, axis: int, order: tuple[tuple[in
     return torch.cat(parts, axis)
 
 
-def cut_of(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> Cut | StackCut | None:
-    """The cut that these boxes are; None where they are the whole tensor. Raises FormatError where they are neither."""
-    division = divided(shape, boxes)
+def cut_of(division: Division) -> Cut | StackCut | None:
+    """The cut that says the same; None where the whole tensor trains."""
     if division.whole:
         return None
     cuts = [(rows, Cut(division.axis, division.extent, spans)) for rows, spans in division.runs]
     if len(cuts) == 1:
         return cuts[0][1]
-    each = math.prod(shape[1 : division.axis])
+    each = math.prod(division.shape[1 : division.axis])
     return StackCut(tuple(((rows.start // each, rows.stop // each), cut) for rows, cut in cuts))
 
 

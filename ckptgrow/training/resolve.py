@@ -116,7 +116,7 @@ def _target(model: nn.Module, named: Mapping[str, Tensor], name: str | None, ten
 
 def _cut(tensor: Trainable) -> Cut | StackCut | None:
     try:
-        return cut_of(tensor.shape, tensor.boxes)
+        return cut_of(tensor.division())
     except FormatError as error:
         raise FreezeError(error.problem, tensor=tensor.name) from None
 
