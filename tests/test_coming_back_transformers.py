@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="takes real transformers' tiny models
 
 import checkpoints
 import torch
-from test_families_transformers import CASES, TOWERS, build, load
+from test_families_transformers import CASES, THINNED, build, load
 from test_merge_families import adds_up
 from test_revert import grow, same, train
 from test_skills import alike
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.transformers, pytest.mark.filterwarnings("ignore")]
 NO_SUM = {"bitnet", "gemma3n_text"}
 
 
-@pytest.mark.parametrize(("name", "tower"), TOWERS)
+@pytest.mark.parametrize(("name", "tower"), THINNED)
 def test_there_and_back(name: str, tower: str, tmp_path: Path) -> None:
     """extract and apply give the trained bytes, revert the base's, and the two skills add up."""
     base = build(CASES[name], tmp_path / "base")

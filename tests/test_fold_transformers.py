@@ -16,7 +16,7 @@ import torch
 from test_families_transformers import (
     CASES,
     EPSILON,
-    TOWERS,
+    THINNED,
     alone,
     apart,
     build,
@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.transformers, pytest.mark.filterwarnings("ignore")]  #
 REFUSED: dict[tuple[str, str], str] = {}
 
 
-@pytest.mark.parametrize(("name", "tower"), TOWERS)
+@pytest.mark.parametrize(("name", "tower"), THINNED)
 def test_a_family_folds(name: str, tower: str, tmp_path: Path) -> None:
     """Grown, folded, and equal to what it was."""
     base = build(CASES[name], tmp_path / "base")
@@ -61,7 +61,7 @@ KEPT = {"up rows differ", "gate or up rows differ"}
 KEPT |= {"statistics are taken over the units, and these would not go in proportion"}
 
 
-@pytest.mark.parametrize(("name", "tower"), TOWERS)
+@pytest.mark.parametrize(("name", "tower"), THINNED)
 def test_up_rows_are_added_only_where_the_model_is_linear_in_them(name: str, tower: str, tmp_path: Path) -> None:
     """New rows of up at random, some of zeros: what folds is the same function in transformers, module by module."""
     case = CASES[name]
