@@ -316,6 +316,26 @@ def test_a_moved_element_of_filling_is_seen(base: Path, tmp_path: Path) -> None:
     trainings.check_repaired(grown, trained, tmp_path / "repaired")
 
 
+@pytest.mark.parametrize("undone", ["zero column", "row"])
+def test_wrong_filling_is_not_the_same_function(base: Path, tmp_path: Path, undone: str) -> None:
+    """A weight in a column that should be zero, or a row of another unit beside it: verify names the tensor."""
+    grown = trainings.grow(base, tmp_path / "grown", experts="0,2")
+
+    def spoil(tensors: Tensors) -> None:
+        for layer, expert, name, view in parts_of(grown, tensors):
+            if (layer, expert) == (1, 3) and ("down" in name or "w2" in name) == (undone == "zero column"):
+                view[-1] = float("inf") if undone == "row" else 1.0
+                spoilt.append(name)
+                return
+
+    spoilt: list[str] = []
+    checkpoints.edit(grown, spoil)
+    seen = ckptgrow.verify(base, grown)
+    found = {finding.tensor for answer in seen.answers for finding in answer.findings}
+    assert seen.exit_code == 1
+    assert {*spoilt} <= found
+
+
 def test_growing_again(base: Path, tmp_path: Path) -> None:
     """Other experts on top, trained in between: each growth is undone by itself, or all of them."""
     first = trainings.grow(base, tmp_path / "first", experts="0,2")
@@ -353,6 +373,15 @@ def test_skills_of_other_experts_merge(base: Path, tmp_path: Path) -> None:
     blank = {n: torch.zeros(t.shape, dtype=torch.bool) for n, t in checkpoints.load(tmp_path / "apart").items()}
     some = {expert for _, expert, _, view in parts_of(tmp_path / "apart", blank | masks) if view.any()}
     assert some == {0, 1, 2}
+
+
+def test_a_merge_of_unlike_experts_is_no_skill(tmp_path: Path) -> None:
+    """In one stack an expert has units of one skill, another those of two: no tensor holds just these."""
+    base = make(tmp_path / "base", "stacked")
+    ckptgrow.merge(base, [skill(base, "one", "0,2", 1), skill(base, "other", "2-3", 2)], tmp_path / "merged")
+    with pytest.raises(ckptgrow.RequestError, match="experts of its stack have different numbers of units that train"):
+        ckptgrow.extract(tmp_path / "merged", tmp_path / "skill", base=base)
+    assert not (tmp_path / "skill").exists()
 
 
 # ---------------------------------------------------------------- the mask in other words, and what is said

@@ -108,6 +108,14 @@ def test_experts_grow_exactly(tmp_path: Path, stacked: bool) -> None:
         )
     assert not any("scale" in tensor.name for tensor in done.manifest.trainable)
     assert ckptgrow.revert(tmp_path / "out", tmp_path / "back").exit_code == 0
+    some = ckptgrow.expand(base, tmp_path / "some", experts="1", factor=4)
+    assert [a.verdict for a in ckptgrow.verify(base, tmp_path / "some").answers] == ["yes", "yes", "yes"]
+    assert 0 < some.manifest.counts.trainable < 3 * done.manifest.counts.trainable
+    for out, undone in ((tmp_path / "folded", ckptgrow.fold), (tmp_path / "reverted", ckptgrow.revert)):
+        assert undone(tmp_path / "some", out).exit_code == 0
+        assert all(
+            torch.equal(t.view(torch.uint8), before[n].view(torch.uint8)) for n, t in checkpoints.load(out).items()
+        )
     assert all(
         torch.equal(t.view(torch.uint8), before[n].view(torch.uint8))
         for n, t in checkpoints.load(tmp_path / "back").items()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ckptgrow.errors import FreezeError
 from ckptgrow.manifest import Manifest
 from ckptgrow.policy import Box, across
-from ckptgrow.training.cut import Cut, StackCut
+from ckptgrow.training.cut import Cut
 from ckptgrow.training.mask import MaskHandle
 from ckptgrow.training.resolve import Target, find_manifest, resolve
 
@@ -56,9 +56,7 @@ def confine(model: nn.Module, manifest: Manifest | Path | str | None = None) -> 
     pairs = [(name, layer, reached[name + _BASE]) for name, layer in layers.items()]
     targets = tuple(target for pair in pairs for target in _factors(*pair))
     _check_alone(model, targets)
-    for name, layer, target in pairs:
-        if isinstance(target.cut, StackCut):
-            raise FreezeError("its boxes are no ranges of rows or of columns, so it cannot be confined", tensor=name)
+    for _, layer, target in pairs:
         if target.cut is not None:
             kind: Any = type(layer)
             layer.__class__ = _confined(kind)

@@ -256,7 +256,7 @@ def _trouble(target: Target, uses: int) -> str | None:
     kind = type(target.module)
     if kind is SplitLinear:
         return "it is split already"
-    if isinstance(target.cut, StackCut) or len(target.tensor.shape) > 2:
+    if len(target.tensor.shape) > 2:
         return f"it is a stack of {target.tensor.shape[0]} experts in three dimensions"
     if kind is not nn.Linear:
         return f"it is a parameter of {kind.__name__}, not of a plain torch.nn.Linear,"
