@@ -488,7 +488,8 @@ def main(file: Path, grown: Path, out: Path) -> None:
             told = str(error) if isinstance(error, CkptgrowError) else traceback.format_exc()
             (out / f"{cell}.txt").write_text(told)
         print(f"{time.monotonic() - began:6.2f} s  {cell}", flush=True)
-    print("trained", len(cells), flush=True)
+    sys.stdout.write(f"trained {len(cells)}\n")  # in one piece, since two processes write to one pipe
+    sys.stdout.flush()
     if "LOCAL_RANK" in os.environ:
         torch.distributed.barrier()
         os._exit(0)  # gloo's threads now and then abort a process that takes itself down in order

@@ -94,6 +94,8 @@ def trained(grown: Path, request: pytest.FixtureRequest) -> Judge:
     def out(run: str) -> Path:
         cells = [cell for cell in asked if isinstance(cell, Cell) and TRAINERS[cell.trainer][1] == run]
         folder, file = grown / f"out-{run}", grown / f"{run}.json"
+        if folder.exists():
+            pytest.fail("its trainers stopped: see the first of its cells")
         folder.mkdir()
         file.write_text(matrix.told([cell for cell in cells if not matrix.missing(cell.trainer)]))
         train(cells[0].trainer, [str(file), str(grown), str(folder)])
