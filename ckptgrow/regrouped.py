@@ -88,7 +88,7 @@ def _gates(folded: Checkpoint, trained: Checkpoint, mlp: Mlp, expert: int | None
     """The gate of each unit of `trained`, and of `folded`, as numbers; without a gate all rows together are one."""
     both = (projections(checkpoint, mlp, expert) for checkpoint in (folded, trained))
     rows = [
-        Rows(name, mine, its)
+        Rows(name, mine, _widened(its, trained.infos[name].dtype, folded.infos[name].dtype))
         for (name, role, mine), (_, _, its) in zip(*both, strict=True)
         if role == "gate" or (role != "down" and not mlp.bilinear)
     ]
@@ -98,6 +98,15 @@ def _gates(folded: Checkpoint, trained: Checkpoint, mlp: Mlp, expert: int | None
     strangers = np.flatnonzero(copies < 0)
     copies[strangers] = len(originals) + np.arange(len(strangers))
     return copies, originals
+
+
+def _widened(bits: Bits, dtype: str, wanted: str) -> Bits:
+    """The same values in the dtype in which a tensor's sums were kept: a gate may lie in one tensor with its up."""
+    if dtype == wanted:
+        return bits
+    size = FLOATS[wanted].bits // 8
+    found: Bits = decode(np.ascontiguousarray(bits), dtype).astype(f"<f{size}").view(f"<u{size}")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
+import trainings
 from checkpoints import Tensors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -197,6 +198,16 @@ def test_experts_of_one_stack_fold_by_themselves(model_type: str, tmp_path: Path
     assert same_outputs(base, tmp_path / "out", 1e-6)
     slices = {part.slices for o in planned.plan.outputs if o.name in mlp.tensors for part in o.parts}
     assert (None in slices) == (model_type == "dbrx")  # whose experts lie along the axis of units
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "granitemoe", "llama4_text", "mixtral"])
+def test_sums_of_up_are_kept_in_float32_beside_their_gate(model_type: str, tmp_path: Path) -> None:
+    """Both may lie in one tensor, which is then of another dtype than before: its gates are still known again."""
+    base = checkpoints.make(tmp_path / "base", model_type, dtype="BF16")
+    grown = trainings.trained(trainings.grow(base, tmp_path / "grown", policy="up"))
+    assert ckptgrow.fold(grown, tmp_path / "narrow").rounding.rounded
+    done = ckptgrow.fold(grown, tmp_path / "wide", dtype="float32")
+    assert (done.exit_code, done.rounding.rounded, done.widened > 0) == (0, 0, True)
 
 
 # ---------------------------------------------------------------- the check of what was written
