@@ -26,6 +26,7 @@ from ckptgrow.manifest import load_manifest
 from ckptgrow.plan import Edit, Output, Part, Plan, Share, Term, unchanged
 from ckptgrow.policy import POLICIES
 from ckptgrow.proof import prove, prove_marks
+from ckptgrow.report.lines import joined
 from ckptgrow.surgery import Growth, expand
 
 SCHEMA = json.loads(files("ckptgrow").joinpath("manifest.schema.json").read_text())
@@ -433,3 +434,19 @@ def test_growing_a_filled_one_again(four: Path, tmp_path: Path, layers: list[int
     assert [past["blocks"][0]["filled"] for past in done.manifest.history] == [True]
     for tensor in done.manifest.trainable:
         assert all(span[0] >= 24 for box in tensor.boxes for span in box if span != (0, 8))
+
+
+def test_lines_stand_for_what_reads_the_same() -> None:
+    """Neighbouring layers; of experts all that do, in every layer in which they do; and names without a number."""
+    assert [*joined([("a.0.mlp", 0, "x"), ("a.1.mlp", 1, "y"), ("a.2.mlp", 2, "y"), ("a.3.mlp", 3, "x")])] == [
+        "a.0.mlp: x",
+        "a.1-2.mlp: y",
+        "a.3.mlp: x",
+    ]
+    experts = [(f"m.{i}.e.{j}", i, "grown" if j in (0, 2) and i < 3 else "filled") for i in range(4) for j in range(4)]
+    assert [*joined([*experts, ("shared", 0, "as it is")])] == [
+        "m.0-2.e.0, 2: grown",
+        "m.0-2.e.1, 3: filled",
+        "m.3.e.0-3: filled",
+        "shared: as it is",
+    ]
