@@ -22,7 +22,7 @@ from ckptgrow.errors import CkptgrowError
 from ckptgrow.families import Architecture, Group, Mlp, Slot, scoped
 from ckptgrow.joining import DEAD, SPREAD, Merges
 from ckptgrow.manifest import CONFIG_KEY, Manifest, load_manifest, previous
-from ckptgrow.plan import Edit, Output, Part, Plan, Term, Units, unchanged
+from ckptgrow.plan import Edit, Output, Part, Plan, Term, Units, in_slices, unchanged
 from ckptgrow.redundancy import Redundancy
 from ckptgrow.tensors import TensorInfo
 from ckptgrow.units import Units as Indices
@@ -195,16 +195,23 @@ def recipes(merges: Merges) -> Recipes:
 
 def _folded(info: TensorInfo, mlp: Mlp, slot: Slot, made: Sequence[Recipes]) -> Output:
     """One tensor of an MLP, narrowed: of a stack each expert's slices, of a flat one its lane, by its own recipes."""
-    apart = slot.stacked and any(recipes != made[0] for recipes in made)
-    each, parts = info.around(slot.axis)[0] // len(made), list[Part]()
-    for expert, recipes in enumerate(made if apart or slot.flat else made[:1]):
-        lanes = (expert,) if slot.flat else range(len(slot.lanes))
-        own = [part for lane in lanes for part in _parts(info.name, _placed(mlp, slot, lane, recipes))]
-        slices = range(expert * each, (expert + 1) * each) if apart else None
-        parts += [replace(part, slices=slices) for part in own]
-    size = sum(part.size for part in parts) // (len(made) if apart else 1)
+
+    def laid(expert: int | None, recipes: Recipes) -> tuple[Part, ...]:
+        lanes = (_placed(mlp, slot, lane, recipes) for lane in mlp.lanes(info.name, expert))
+        return tuple(part for lane in lanes for part in _parts(info.name, lane))
+
+    if slot.flat:
+        parts = tuple(part for expert, recipes in enumerate(made) for part in laid(expert, recipes))
+        size = sum(part.size for part in parts)
+    else:
+        outer = info.around(slot.axis)[0]
+        each = outer // len(made)
+        alike = [(recipes, [*experts]) for recipes, experts in groupby(range(len(made)), key=made.__getitem__)]
+        runs = [(range(own[0] * each, (own[-1] + 1) * each), laid(None, recipes)) for recipes, own in alike]
+        parts = in_slices(runs, outer)
+        size = sum(part.size for part in runs[0][1])
     shape = tuple(size if axis == slot.axis else extent for axis, extent in enumerate(info.shape))
-    return Output(info.name, info.dtype, shape, slot.axis, tuple(parts), mlp.member(info.name))
+    return Output(info.name, info.dtype, shape, slot.axis, parts, mlp.member(info.name))
 
 
 def _placed(mlp: Mlp, slot: Slot, lane: int, recipes: Recipes) -> list[Recipe]:

@@ -59,7 +59,7 @@ class Ingredient:
         if output.member is None:
             return False
         lanes = [*output.lanes()]
-        own = [lanes[i] for i in lanes_of(mlp, output.name, self.expert)]
+        own = [lanes[i] for i in mlp.lanes(output.name, self.expert)]
         return any(start < b and a < stop for _, start, stop in own for a, b in output.grown())
 
     def first(self, mlp: Mlp) -> int:
@@ -97,7 +97,7 @@ class _Mix:
             part.terms
             for name, slot in self.mlp.tensors.items()
             if slot.shared
-            for lane in lanes_of(self.mlp, name, self.expert)
+            for lane in self.mlp.lanes(name, self.expert)
             for part in _columns(self.mlp, self.infos[name], lane, self.skills)
         )
 
@@ -150,12 +150,6 @@ def _mixes(
         yield mix
 
 
-def lanes_of(mlp: Mlp, name: str, expert: int | None) -> Sequence[int]:
-    """The lanes of a tensor that are an expert's: one of a flat tensor, of any other all."""
-    slot = mlp.tensors[name]
-    return (expert,) if slot.flat and expert is not None else range(len(slot.lanes))
-
-
 def _widths(group: Group, mixes: Sequence[_Mix], needed: Mapping[str, int]) -> dict[str, int]:
     """The width of each MLP, by block: what it needs where the key is a list, else the least that the key can say."""
     if group.site.listed:
@@ -195,7 +189,7 @@ def _units(mix: _Mix, name: str, kept: bool, width: int) -> tuple[Part, ...]:
     mlp, info, slot = mix.mlp, mix.infos[name], mix.mlp.tensors[name]
     old, new = (int(units * slot.places) for units in (mlp.width, width))
     parts: list[Part] = []
-    for lane in lanes_of(mlp, name, mix.expert):
+    for lane in mlp.lanes(name, mix.expert):
         mine: list[Part] = []
         rows = [Part(old, (Term(BASE, name, range(lane * old, (lane + 1) * old)),))]
         if mix.alone:

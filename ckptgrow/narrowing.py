@@ -94,7 +94,7 @@ def _target(
     if asked.lossy and wanted is None:
         raise RequestError("config.json does not say how wide the base was", hint="Give --width N.")
     widths = smallest if wanted is None else wanted
-    exact = all(one.takes(widths[mlp.block]) for mlp in group.mlps for one in found[mlp.block])
+    exact = _all_take(group, found, widths)
     return Target(group, base, smallest, wanted, widths if exact or asked.lossy else None)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ import checkpoints
 import torch
 from test_experts import parts_of
 from test_families_transformers import CASES, build, inputs, load
-from test_stacks_transformers import SHARDED, save, train
+from test_stacks_transformers import check_sharded, save, train
 
 import ckptgrow
 from ckptgrow.manifest import load_manifest
@@ -69,12 +66,4 @@ def test_sharded_by_experts(experts: str, tmp_path: Path) -> None:
     """FSDP2 gives each of two processes two of the four: all of one's are frozen, or one of each."""
     build(CASES["mixtral"], tmp_path / "base")
     grown = Path(ckptgrow.expand(tmp_path / "base", tmp_path / "grown", experts=experts).folder)
-    (tmp_path / "script.py").write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(tmp_path / "script.py"), str(grown), str(tmp_path / "dump")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = audit(grown, tmp_path / "dump")
-    assert (seen.exit_code, seen.findings) == (0, ())
-    assert seen.total("changed") > 0.99 * seen.total("trainable")
+    check_sharded(grown, tmp_path)

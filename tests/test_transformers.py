@@ -298,7 +298,7 @@ def test_disk_has_the_tensors_of_the_base(name: str, bases: Callable[[str], Path
         assert after[tensor] == (dtype, doubled)
     expected, got = settings(base), settings(grown)
     (expected[case.site.scope] if case.site.scope else expected)[case.site.width] = 2 * WIDTH
-    assert got.pop("ckptgrow")["base_width"] == {found.width_path: WIDTH}
+    assert got.pop("ckptgrow")["base_width"] == {found.groups[0].path: WIDTH}
     assert got == expected
 
 

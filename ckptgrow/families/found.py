@@ -7,7 +7,7 @@ config must say, and, for the checkers, what a config does say.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -50,6 +50,11 @@ class Mlp:
         """The block, or that one of the experts stacked in it."""
         return self.block if expert is None else f"{self.block}[{expert}]"
 
+    def lanes(self, name: str, expert: int | None) -> Sequence[int]:
+        """The lanes of a tensor that are an expert's: one of a flat tensor, of any other all."""
+        slot = self.tensors[name]
+        return (expert,) if slot.flat and expert is not None else range(len(slot.lanes))
+
     @cached_property
     def down(self) -> str:
         """The name of the tensor of shares; none ("") in a spare expert."""
@@ -83,9 +88,17 @@ def _swiglu(ratio: int, hidden: int) -> int:
     return (int(int(hidden * ratio) * 2 / 3) + 7) // 8 * 8
 
 
+DECI_STEP = 256  # DeciLM's widths are multiples of it
+
+
 def _deci(factor: float, hidden: int) -> int:
     """DeciLM's width: two thirds of hidden x factor, rounded up to a multiple of 256 (vLLM's nemotron_nas.py)."""
-    return -(-int(2 * factor * hidden / 3) // 256) * 256
+    return -(-int(2 * factor * hidden / 3) // DECI_STEP) * DECI_STEP
+
+
+def deci_factor(width: int, hidden: int) -> float:
+    """A factor amid those that DeciLM rounds up to the width, with the six decimals that loaders keep."""
+    return round((width - DECI_STEP // 2) * 1.5 / hidden, 6)
 
 
 # rule -> the width that a value of the key says
@@ -112,8 +125,7 @@ _VALUES: Mapping[Rule, Callable[[int, int, Any], Any]] = {
     "twice": lambda width, hidden, present: 2 * width,
     "per hidden": _ratio,
     "swiglu": lambda width, hidden, present: next(r for r in range(1, width + 9) if _swiglu(r, hidden) >= width),
-    # amid the 256 that are rounded up to the width; loaders keep six decimals
-    "deci": lambda width, hidden, present: round((width - 128) * 1.5 / hidden, 6),
+    "deci": lambda width, hidden, present: deci_factor(width, hidden),
 }
 
 
@@ -261,13 +273,6 @@ class Architecture:
     def widths(self) -> dict[str, int]:
         """The width of each MLP, by block."""
         return {mlp.block: mlp.width for mlp in self.mlps}
-
-    @property
-    def width_path(self) -> str:
-        """The dotted config key of the width, where there is one."""
-        if len(self.groups) > 1:
-            raise FamilyError(f"several keys say its widths ({', '.join(group.path for group in self.groups)})")
-        return self.groups[0].path
 
     @cached_property
     def names(self) -> frozenset[str]:

@@ -12,15 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 from ckptgrow.errors import FamilyError
-from ckptgrow.families.found import Architecture, Mlp, value_at
-from ckptgrow.families.locate import locate
+from ckptgrow.families.found import DECI_STEP, Architecture, Mlp, deci_factor, value_at
+from ckptgrow.families.locate import Infos, locate
 from ckptgrow.families.table import FAMILIES
 from ckptgrow.plan import Edit
-from ckptgrow.tensors import TensorInfo
 
-Infos = Mapping[str, TensorInfo]
 ARCHITECTURE = "DeciLMForCausalLM"
-MULTIPLE = 256  # of units: the factor is rounded up to it
 _SAID = (
     *("hidden_size", "num_attention_heads", "num_hidden_layers"),
     *("vocab_size", "max_position_embeddings", "rms_norm_eps"),
@@ -97,16 +94,16 @@ def _edits(architecture: Architecture, config: Mapping[str, Any], infos: Infos) 
 
 
 def _block(mlp: Mlp, heads: int, infos: Infos) -> dict[str, Any]:
-    if mlp.width % MULTIPLE:
+    if mlp.width % DECI_STEP:
         raise FamilyError(
-            f"its config can only say widths that are multiples of {MULTIPLE}, and this one is {mlp.width:,}",
+            f"its config can only say widths that are multiples of {DECI_STEP}, and this one is {mlp.width:,}",
             tensor=mlp.block,
             hint="Leave out --uneven native: the other layers are filled up to the same width.",
         )
     rows, _ = infos[f"{_layer(mlp)}.self_attn.k_proj.weight"].shape
     group = mlp.hidden // rows
-    factor = round((mlp.width - MULTIPLE // 2) * 1.5 / mlp.hidden, 6)
-    return {"attention": {"n_heads_in_group": group, **_ATTENTION}, "ffn": {"ffn_mult": factor, **_FFN}}
+    ffn = {"ffn_mult": deci_factor(mlp.width, mlp.hidden), **_FFN}
+    return {"attention": {"n_heads_in_group": group, **_ATTENTION}, "ffn": ffn}
 
 
 def _layer(mlp: Mlp) -> str:
